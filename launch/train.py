@@ -1,0 +1,230 @@
+"""Train a network with DistributedDataParallel, its gradients compressed or not.
+
+Start it with torchrun, for example with 4 processes on this machine:
+
+    torchrun --standalone --nproc-per-node 4 launch/train.py --data digits --codec terngrad
+
+All that concerns terncomm is the import, one call of `register`, and the statistics it keeps.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+
+import terncomm
+
+
+def digits() -> tuple[nn.Module, TensorDataset, TensorDataset]:
+    """Return a convolutional network, 1437 training and 360 test images (1, 8, 8) of handwritten digits."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    labels = torch.tensor(labels)
+    train, test = train_test_split(torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 3, padding=1), nn.GroupNorm(8, 128), nn.ReLU()),
+        *(nn.Conv2d(128, 128, 3, padding=1), nn.GroupNorm(8, 128), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(512, 512), nn.ReLU()),
+        nn.Linear(512, 10),
+    )
+    return network, TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+# A further data set is one more function like `digits`, named here.
+DATA = {"digits": digits}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", choices=DATA, default="digits")
+    parser.add_argument("--codec", choices=["none", "fp16", "int8", "terngrad"], default="terngrad")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per rank and step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.03, help="learning rate at the start (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="saved after each epoch, resumed from if it exists (by rank 0)")
+    parser.add_argument("--metrics", type=Path, help="file for one JSON line per epoch")
+    parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl with a GPU per rank, else gloo")
+    return parser.parse_args()
+
+
+def device_and_backend(backend: str | None) -> tuple[torch.device, str]:
+    """Return this rank's device and the backend that serves it."""
+    local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if backend is None:
+        backend = "nccl" if torch.cuda.device_count() >= local_ranks else "gloo"
+    if backend == "gloo":
+        return torch.device("cpu"), backend
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank), backend
+
+
+def traffic(state: Any, codec: str, parameters: int, steps: int) -> dict[str, float]:
+    """Return the bytes that this rank sent in the last `steps` steps and, where known, the seconds that it took."""
+    if state is not None:
+        stats = state.stats()
+        state.reset_stats()
+        names = ("raw_bytes", "wire_bytes", "exact_bytes", "encode_s", "exchange_s", "decode_s")
+        return {name: stats[name] for name in names}
+    # Plain DDP counts nothing: a ring all-reduce sends this much, in float32 or float16.
+    raw_bytes = 4 * parameters * steps
+    world_size = dist.get_world_size()
+    wire_bytes = 2 * (world_size - 1) * raw_bytes // world_size // (2 if codec == "fp16" else 1)
+    return {"raw_bytes": raw_bytes, "wire_bytes": wire_bytes, "exact_bytes": 0 if codec == "fp16" else wire_bytes}
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, test: Dataset[tuple[Tensor, ...]], device: torch.device) -> tuple[float, float]:
+    """Return loss and accuracy on the test set, of which each rank takes every W-th sample."""
+    shard = Subset(test, range(dist.get_rank(), len(test), dist.get_world_size()))
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    network.eval()
+    for inputs, labels in DataLoader(shard, batch_size=256):
+        outputs, labels = network(inputs.to(device)), labels.to(device)
+        loss = functional.cross_entropy(outputs, labels, reduction="sum")
+        totals += torch.stack([loss, (outputs.argmax(1) == labels).sum(), torch.tensor(len(labels), device=device)])
+    network.train()
+    dist.all_reduce(totals)
+    loss, correct, count = totals.tolist()
+    return loss / count, correct / count
+
+
+def train_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    """Take one step per batch; return the mean loss over steps and ranks."""
+    total = torch.zeros((), device=device)
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs.to(device)), labels.to(device))
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+    dist.all_reduce(total)
+    return total.item() / len(loader) / dist.get_world_size()
+
+
+def load(path: Path | None, data: str, codec: str) -> dict[str, Any] | None:
+    """Return the checkpoint that rank 0 finds at `path`, on every rank, or None."""
+    found = [torch.load(path, map_location="cpu") if path and dist.get_rank() == 0 and path.exists() else None]
+    dist.broadcast_object_list(found)
+    (saved,) = found
+    if saved is not None and (saved["data"], saved["codec"]) != (data, codec):
+        message = f"{path} is of --data {saved['data']} --codec {saved['codec']}, not {data} {codec}: use another"
+        raise SystemExit(message if dist.get_rank() == 0 else 1)
+    return saved
+
+
+def save(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write under another name and rename, so that `path` is a whole checkpoint at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    torch.save(checkpoint, unfinished)
+    os.replace(unfinished, path)
+
+
+def main() -> None:
+    """Train; after each epoch print a line and write metrics and a checkpoint."""
+    args = parse_arguments()
+    if "RANK" not in os.environ:
+        raise SystemExit("start this with torchrun: torchrun --standalone --nproc-per-node 4 launch/train.py")
+    device, backend = device_and_backend(args.backend)
+    dist.init_process_group(backend)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s")
+
+    torch.manual_seed(args.seed)
+    network, train, test = DATA[args.data]()
+    network.to(device)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    model = DistributedDataParallel(network, bucket_cap_mb=1)  # several buckets though the network is small
+    state = None
+    if args.codec == "fp16":
+        model.register_comm_hook(None, fp16_compress_hook)
+    elif args.codec != "none":
+        state = terncomm.register(model, args.codec, seed=args.seed)
+
+    sampler = DistributedSampler(train, seed=args.seed)
+    loader = DataLoader(train, batch_size=args.batch_size, sampler=sampler)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 + math.cos(math.pi * done / args.epochs)) / 2)
+    kept = {"network": network, "optimizer": optimizer, "schedule": cosine}
+    if hasattr(state, "state_dict"):
+        kept["compression"] = state
+
+    first, totals, records = 0, Counter[str](), list[str]()
+    saved = load(args.checkpoint, args.data, args.codec)
+    if saved:
+        first, totals, records = saved["epoch"], Counter(saved["totals"]), saved["records"]
+        for name, part in kept.items():
+            part.load_state_dict(saved[name])
+        if rank == 0:
+            print(f"{args.codec:8}  resumed from {args.checkpoint} after epoch {first}", flush=True)
+
+    started = time.perf_counter()
+    for epoch in range(first, args.epochs):
+        sampler.set_epoch(epoch)
+        epoch_started = time.perf_counter()
+        train_loss = train_epoch(model, loader, optimizer, device)
+        step_s = (time.perf_counter() - epoch_started) / len(loader)
+        cosine.step()
+        totals.update(traffic(state, args.codec, parameters, len(loader)))
+        test_loss, test_accuracy = evaluate(network, test, device)
+        if rank != 0:
+            continue
+
+        left_s = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        print(
+            f"{args.codec:8}  epoch {epoch + 1:3}/{args.epochs}  train loss {train_loss:.4f}  "
+            f"test accuracy {test_accuracy:7.2%}  sent {totals['wire_bytes'] / 1e6:8.2f} MB/rank  {left_s:3.0f} s left",
+            flush=True,
+        )
+        record = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * len(loader),
+            "train_loss": train_loss,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "step_s": step_s,
+            **totals,
+            "bytes_source": "counted by transport" if state is not None else "ring formula",
+            **{name: getattr(args, name) for name in ("data", "codec", "seed", "batch_size", "lr")},
+            "parameters": parameters,
+            "world_size": world_size,
+            "backend": backend,
+            "torch": torch.__version__,
+        }
+        records.append(json.dumps(record))
+        if args.checkpoint:
+            progress = {"epoch": epoch + 1, "totals": dict(totals), "records": records}
+            parts = {name: part.state_dict() for name, part in kept.items()}
+            save(args.checkpoint, {"data": args.data, "codec": args.codec, **progress, **parts})
+        if args.metrics:
+            args.metrics.parent.mkdir(parents=True, exist_ok=True)
+            args.metrics.write_text("\n".join(records) + "\n")
+
+    # Without the barrier a rank may leave while gloo's threads still serve another, and abort at exit.
+    dist.barrier()
+    del model
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

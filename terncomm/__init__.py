@@ -1,0 +1,7 @@
+"""Compressed gradient communication for distributed training: TernGrad and 8-bit quantization as DDP hooks."""
+
+from terncomm.codecs import Codec, Int8, Ternary
+from terncomm.hooks import CommState, comm_hook, register
+
+__version__ = "0.1.0"
+__all__ = ["Codec", "CommState", "Int8", "Ternary", "__version__", "comm_hook", "register"]

@@ -1,0 +1,38 @@
+"""Do all ranks have the same configuration? Asked once, before the first bucket."""
+
+import json
+from typing import Any
+
+import torch
+
+from terncomm.transports.base import Transport
+
+
+class ConfigurationsDiffer(RuntimeError):
+    """Ranks were configured differently; the message names every field that differs, with both sides."""
+
+
+def agree_on(configuration: dict[str, Any], transport: Transport, *, device: torch.device) -> None:
+    """Compare a JSON-able configuration over all ranks; two messages, JSON bytes.
+
+    Raises:
+        ConfigurationsDiffer: on every rank.
+    """
+    mine = json.dumps(configuration, sort_keys=True).encode()
+    length = torch.tensor([len(mine)], dtype=torch.int64).view(torch.uint8).to(device)
+    lengths = transport.all_gather(length).cpu().view(torch.int64).flatten().tolist()
+    message = torch.zeros(max(lengths), dtype=torch.uint8)
+    message[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    received = transport.all_gather(message.to(device)).cpu()
+    told = [json.loads(bytes(row[:n].tolist())) for row, n in zip(received, lengths, strict=True)]
+    if all(other == told[0] for other in told):
+        return
+    lines = []
+    for field in sorted({field for one in told for field in one}):
+        ranks: dict[str, list[int]] = {}
+        for rank, one in enumerate(told):
+            ranks.setdefault(str(one.get(field)), []).append(rank)
+        if len(ranks) > 1:
+            sides = "; ".join(f"{value} on rank {', '.join(map(str, who))}" for value, who in ranks.items())
+            lines.append(f"{field}: {sides}")
+    raise ConfigurationsDiffer("ranks are configured differently. " + " | ".join(lines))

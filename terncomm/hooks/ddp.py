@@ -1,0 +1,367 @@
+"""The hook for `torch.nn.parallel.DistributedDataParallel`."""
+
+import logging
+import warnings
+import zlib
+from collections.abc import Collection, Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from terncomm import ops
+from terncomm.codecs import Codec, codec_for
+from terncomm.exchange import ALGORITHMS, float_traffic
+from terncomm.hooks import exempt as exemptions
+from terncomm.hooks.agreement import agree_on
+from terncomm.hooks.runner import OrderedWorker, SideStream
+from terncomm.keys import Key
+from terncomm.reduce import Clock, all_reduce_mean
+from terncomm.segments import Segments
+from terncomm.transports import Metered, ProcessGroupTransport
+
+_log = logging.getLogger("terncomm")
+
+_CLIP_WARNING = 0.3  # share of a layer's gradient norm
+_CLIP_STEPS, _CLIP_EVERY = 3, 100  # the first coded steps, and every so many after, are looked at
+
+
+class CommState:
+    """The state that goes with :func:`comm_hook`: which codec, what travels exactly, how far training is.
+
+    Args:
+        codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
+        skip: parameters that travel exactly, beside those exempt by rule: names, names of modules, shell patterns.
+        min_numel: parameters with fewer elements, or with one dimension, travel exactly (TernGrad's
+            `size_to_binarize`).
+        warmup_steps: first steps in which everything travels exactly (TernGrad's `floating_grad_epoch`, in steps).
+        exchange: "auto", "gather" or "two_phase"; the result is the same bits.
+        seed: of the rounding noise; equal on all ranks.
+        exempt: groups found by the model's structure that travel exactly, of "embedding" and "head"; `()` codes them
+            too, as published. Without a model (the plain pair of state and hook) there is no structure to look at.
+        named_parameters: of the model, for `skip` and for names in statistics; `register` gives them by itself.
+
+    Raises:
+        ValueError, TypeError: an option that cannot be.
+
+    Note:
+        Parameters that are not in `named_parameters` are numbered as they are first seen.
+    """
+
+    def __init__(
+        self,
+        codec: str | Codec = "terngrad",
+        *,
+        skip: Collection[str] = (),
+        min_numel: int = 1024,
+        warmup_steps: int = 0,
+        exchange: str = "auto",
+        seed: int = 0,
+        exempt: Collection[str] = exemptions.GROUPS,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+    ) -> None:
+        self.codec = codec_for(codec)
+        self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self.min_numel = _count("min_numel", min_numel)
+        self.warmup_steps = _count("warmup_steps", warmup_steps)
+        if exchange not in ALGORITHMS:
+            raise ValueError(f"exchange must be one of {', '.join(ALGORITHMS)}, got {exchange!r}")
+        self.exchange = exchange
+        self.seed = Key(seed).seed
+        self.exempt = (exempt,) if isinstance(exempt, str) else tuple(exempt)
+        if unknown := set(self.exempt) - set(exemptions.GROUPS):
+            raise ValueError(f"exempt may name {', '.join(exemptions.GROUPS)}; got {', '.join(sorted(unknown))}")
+
+        named = [] if named_parameters is None else [(exemptions.clean(n), p) for n, p in named_parameters]
+        named = [(name, p) for name, p in named if p.requires_grad]
+        if self.skip and not named:
+            raise ValueError("skip= needs names: give named_parameters=model.named_parameters(), or use register")
+        skipped = exemptions.matching(self.skip, [name for name, _ in named])
+        self._numbers: dict[torch.Tensor, int] = {p: number for number, (_, p) in enumerate(named)}
+        self._names = [name for name, _ in named]
+        self._exact: set[torch.Tensor] = {p for name, p in named if name in skipped}
+
+        self._step = -1
+        self._enabled = self._enabled_next = True
+        self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
+        self._transport: Metered | None = None
+        self._worker = OrderedWorker()
+        self._side_stream = SideStream()
+        self._clip_lost: dict[int, float] = {}
+        self._clip_warned = False
+        self.reset_stats()
+
+    # ---- what a user calls --------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Plain numbers of this rank since the start or the last :meth:`reset_stats`.
+
+        steps: backward passes that were reduced. raw_bytes: size of the gradients handed to the hook. wire_bytes: sent
+        by this rank, everything counted (codes, scales, checks, padding, exact parts). exact_bytes: of these, what the
+        exact parts took. coded_numel, exact_numel: elements that went either way. encode_s, exchange_s, decode_s:
+        seconds in the phases of the path, on its own thread. clip_norm_lost/NAME: share of the layer's gradient norm
+        that clipping took, when last looked at (the first three coded steps and every hundredth).
+        """
+        sent = self._transport.sent_bytes if self._transport else 0
+        clock = self._clock
+        return {
+            **self._counts,
+            "wire_bytes": sent - self._sent_before,
+            "encode_s": clock.encode_s,
+            "exchange_s": clock.exchange_s,
+            "decode_s": clock.decode_s,
+            **{f"clip_norm_lost/{self._name(number)}": lost for number, lost in sorted(self._clip_lost.items())},
+        }
+
+    def reset_stats(self) -> None:
+        """Start counting from zero."""
+        self._counts = dict.fromkeys(("steps", "raw_bytes", "exact_bytes", "coded_numel", "exact_numel"), 0)
+        self._clock = Clock()
+        self._sent_before = self._transport.sent_bytes if self._transport else 0
+
+    def disable(self) -> None:
+        """From the next step on, average everything exactly. DDP cannot unregister a hook; call on every rank."""
+        self._enabled_next = False
+
+    def enable(self) -> None:
+        """From the next step on, code again. Call on every rank."""
+        self._enabled_next = True
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs: plain numbers. The noise is a function of seed and step, so nothing else is kept."""
+        return {"step": self._step, "seed": self.seed}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        """Go on after the saved step. On every rank; the world size may be another.
+
+        Raises:
+            ValueError: keys are missing, or the seed is another than this state's.
+        """
+        if missing := {"step", "seed"} - saved.keys():
+            raise ValueError(f"not a terncomm state: it lacks {', '.join(sorted(missing))}")
+        if saved["seed"] != self.seed:
+            raise ValueError(
+                f"the checkpoint has seed {saved['seed']}, this state {self.seed}; register with that seed"
+            )
+        self._step = int(saved["step"])
+
+    def codes(self, parameter: torch.Tensor) -> bool:
+        """Whether this parameter's gradient is coded (once warm-up is over), or travels exactly."""
+        return parameter.dim() > 1 and parameter.numel() >= self.min_numel and parameter not in self._exact
+
+    # ---- what the hook calls ------------------------------------------------------------------------------------
+
+    def _adopt(self, model: torch.nn.Module) -> None:
+        """Exempt what the structure of `model` says."""
+        self._exact.update(exemptions.structural(model, self.exempt))
+
+    def _connect(self, group: dist.ProcessGroup) -> None:
+        """Make a group of our own out of `group`'s ranks, check that they agree, and compile. Collective."""
+        ranks = dist.get_process_group_ranks(group)
+        timeout = _timeout(group)
+        # Synchronized among these ranks only: a sub-group must not need the rest of the world.
+        own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+        transport = Metered(ProcessGroupTransport(own))
+        from terncomm import __version__
+
+        layers = [(name, self.codes(p)) for name, p in zip(self._names, self._numbers, strict=True)]
+        agree_on(
+            {
+                "terncomm version": __version__,
+                "codec": repr(self.codec),
+                "seed": self.seed,
+                "skip": list(self.skip),
+                "min_numel": self.min_numel,
+                "warmup_steps": self.warmup_steps,
+                "exchange": self.exchange,
+                "exempt": sorted(self.exempt),
+                "parameters": zlib.crc32(repr(layers).encode()),
+            },
+            transport,
+            device=_home(own),
+        )
+        self._transport = transport
+        self._sent_before = 0
+        ops.compile_kernels()
+
+    def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        flat = bucket.buffer()
+        if self._transport is None:
+            self._connect(dist.distributed_c10d._get_default_group())
+        if bucket.index() == 0:  # the first bucket of a backward pass: one that was aborted does not count twice
+            self._step += 1
+            self._counts["steps"] += 1
+            self._enabled = self._enabled_next
+        coded, exact = self._layout(bucket)
+        if not self._enabled or self._step < self.warmup_steps:
+            coded, exact = Segments(()), Segments([flat.numel()])
+        key = Key(self.seed, self._step, bucket.index())
+
+        def job() -> torch.Tensor:
+            return self._run(flat, coded, exact, key)
+
+        if flat.device.type == "cuda":
+            return self._side_stream.submit(job, flat.device)
+        return self._worker.submit(job)
+
+    def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key) -> torch.Tensor:
+        transport, clock = self._transport, self._clock
+        assert transport is not None
+        self._watch_clipping(flat, coded, key.step)
+        codec = self.codec if len(coded) else None
+        all_reduce_mean(flat, coded, codec, transport, key=key, exchange=self.exchange, exact=exact, clock=clock)
+        counts = self._counts
+        counts["raw_bytes"] += flat.numel() * flat.element_size()
+        counts["exact_bytes"] += float_traffic(exact.numel, flat.element_size(), transport.world_size)
+        counts["coded_numel"] += coded.numel
+        counts["exact_numel"] += exact.numel
+        return flat
+
+    def _layout(self, bucket: GradBucket) -> tuple[Segments, Segments]:
+        """The coded and the exact layers of a bucket; DDP rebuilds buckets, so they are known by their parameters."""
+        parameters = bucket.parameters()
+        identity = tuple(map(id, parameters))
+        if identity not in self._layouts:
+            coded: list[tuple[int, int, int]] = []
+            exact: list[tuple[int, int, int]] = []
+            offset = 0
+            for parameter in parameters:
+                number = self._numbers.setdefault(parameter, len(self._numbers))
+                row = (parameter.numel(), offset, number)
+                (coded if self.codes(parameter) else exact).append(row)
+                offset += parameter.numel()
+            if offset != bucket.buffer().numel():
+                raise RuntimeError(f"a bucket of {bucket.buffer().numel()} elements holds parameters of {offset}")
+            self._layouts[identity] = _segments(coded), _segments(exact)
+        return self._layouts[identity]
+
+    def _name(self, number: int) -> str:
+        return self._names[number] if number < len(self._names) else f"parameter {number}"
+
+    def _watch_clipping(self, flat: torch.Tensor, coded: Segments, step: int) -> None:
+        since = step - self.warmup_steps
+        if len(coded) == 0 or (since >= _CLIP_STEPS and since % _CLIP_EVERY):
+            return
+        lost = self.codec.norm_lost(flat, coded)
+        if lost is None:
+            return
+        for number, share in zip(coded.layers.tolist(), lost.tolist(), strict=True):
+            self._clip_lost[number] = share
+            if share > _CLIP_WARNING and not self._clip_warned:
+                self._clip_warned = True
+                warnings.warn(
+                    f"clipping takes {share:.0%} of the gradient norm of {self._name(number)}: its gradient is far "
+                    "from Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; "
+                    "state.stats() has the share of every layer (clip_norm_lost/...).",
+                    stacklevel=2,
+                )
+
+
+def comm_hook(state: CommState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook: average a bucket's gradients over ranks through the codec of `state`.
+
+    For `model.register_comm_hook(terncomm.CommState(codec="int8"), terncomm.comm_hook)`; :func:`register` does the
+    same and also knows the model. Collectives run in bucket order on a process group of their own, off the autograd
+    thread on CPU, so that they overlap with backward.
+    """
+    return state._reduce(bucket)
+
+
+def register(
+    model: torch.nn.Module,
+    codec: str | Codec,
+    *,
+    skip: Collection[str] = (),
+    min_numel: int = 1024,
+    warmup_steps: int = 0,
+    exchange: str = "auto",
+    seed: int = 0,
+    exempt: Collection[str] = exemptions.GROUPS,
+) -> CommState:
+    """Compress the gradient communication of a DDP model. Collective: every rank calls it, with the same arguments.
+
+    Args:
+        model: a `DistributedDataParallel`, or a wrapper that holds one (torch.compile).
+        codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
+
+    Returns:
+        The state, for `stats()`, `disable()` and `enable()`.
+
+    Raises:
+        TypeError: the model is not a DDP model; the message says what to use instead.
+        RuntimeError: it already has a communication hook, or ranks called with different arguments.
+    """
+    ddp = _unwrap(model)
+    if ddp._comm_hooks:
+        hook = getattr(ddp._comm_hooks[0][0], "__qualname__", repr(ddp._comm_hooks[0][0]))
+        raise RuntimeError(
+            f"this DDP model already has a communication hook, {hook}, and DDP takes one for life. Make a new "
+            "DistributedDataParallel for another; a terncomm hook is switched with state.disable() and state.enable()."
+        )
+    state = CommState(
+        codec,
+        skip=skip,
+        min_numel=min_numel,
+        warmup_steps=warmup_steps,
+        exchange=exchange,
+        seed=seed,
+        exempt=exempt,
+        named_parameters=ddp.module.named_parameters(),
+    )
+    state._adopt(ddp.module)
+    state._connect(ddp.process_group)
+    ddp.register_comm_hook(state, comm_hook)
+    if dist.get_rank(ddp.process_group) == 0:
+        parameters = list(state._numbers)
+        coded = [p.numel() for p in parameters if state.codes(p)]
+        total = sum(p.numel() for p in parameters)
+        _log.info(
+            "%r: %d of %d parameter tensors coded, %.1f%% of %d elements; seed %d, %d ranks",
+            state.codec, len(coded), len(parameters), 100 * sum(coded) / max(total, 1), total, seed,
+            dist.get_world_size(ddp.process_group),
+        )  # fmt: skip
+    return state
+
+
+def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
+    inner: Any = model
+    while not isinstance(inner, DistributedDataParallel):
+        for attribute in ("_orig_mod", "_forward_module"):
+            if isinstance(vars(inner).get(attribute) or getattr(inner, "_modules", {}).get(attribute), torch.nn.Module):
+                inner = getattr(inner, attribute)
+                break
+        else:
+            kind = type(model).__name__
+            if "FSDP" in kind or "FullyShardedDataParallel" in kind:
+                raise TypeError(
+                    f"{kind} shards gradients with its own reduce-scatter; terncomm.register takes DDP models"
+                )
+            raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model)")
+    return inner
+
+
+def _segments(rows: list[tuple[int, int, int]]) -> Segments:
+    sizes, offsets, layers = zip(*rows, strict=True) if rows else ((), (), ())
+    return Segments(sizes, offsets=offsets, layers=layers)
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def _home(group: dist.ProcessGroup) -> torch.device:
+    """The device whose tensors the group moves."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """The timeout of the user's group, so that ours fails no later."""
+    options = getattr(group._get_backend(_home(group)), "options", None)
+    return getattr(options, "_timeout", None)

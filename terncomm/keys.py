@@ -1,0 +1,76 @@
+"""(seed, step, layer, rank, world size) -> the key of a counter-based random stream.
+
+Rounding noise is a pure function of its key and of the element's index inside its layer. Nothing is drawn from a
+generator, so there is nothing to seed, to save or to disturb: neither PyTorch's global state nor ours.
+
+Keys are derived with the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number
+Generators", OOPSLA 2014). The stream itself is lowbias32 (Wellons, "Prospecting for Hash Functions", 2018; constants
+0x21f0aaad, 0x735a2d97) with the two halves of the key mixed in before each of its two rounds; see `noise` in
+`terncomm.ops.reference`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+NO_RANK = 2**32 - 1  # the rank of noise that all ranks share
+
+
+def _mix(x: int) -> int:
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _M1) & _MASK
+    x = ((x ^ (x >> 27)) * _M2) & _MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix_tensor(x: torch.Tensor) -> torch.Tensor:
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(_M1)
+    x = (x ^ _shift(x, 27)) * _signed(_M2)
+    return x ^ _shift(x, 31)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the rounding noise of one reduction is a function of.
+
+    Args:
+        seed: chosen by the user, equal on all ranks.
+        step: number of the optimizer step.
+        bucket: which reduction of the step this is. It is compared across ranks and does not change the noise.
+
+    >>> Key(1).streams(torch.tensor([0, 1]), rank=0, world_size=2).shape
+    torch.Size([2, 2])
+    """
+
+    seed: int
+    step: int = 0
+    bucket: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "step", "bucket"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name} must fit in 64 bits, got {value}")
+
+    def streams(self, layers: torch.Tensor, *, rank: int, world_size: int) -> torch.Tensor:
+        """(L,) layer numbers -> (L, 2) int64 in [0, 2**32): the two words that key each layer's noise."""
+        state = _mix(self.seed & _MASK)
+        for word in (self.step, rank, world_size):
+            state = _mix(state ^ (word & _MASK))
+        mixed = _mix_tensor(_mix_tensor(layers) ^ _signed(state))
+        return torch.stack([mixed & 0xFFFFFFFF, _shift(mixed, 32)], dim=1)

@@ -1,0 +1,475 @@
+"""The loops behind :mod:`terncomm.ops.cpu`: serial, `nogil` Numba functions, bit-equal to `reference.py`.
+
+Every kernel works on one contiguous piece, so that callers can hand pieces to threads. Signatures are given in
+full: importing this module compiles what the on-disk cache lacks, and nothing compiles later. Inner loops have a
+constant trip count, typed constants and selects instead of branches; that is what lets the compiler vectorise them.
+
+Arguments shared by the kernels (see :class:`terncomm.ops.reference.Rounding`):
+    offsets, starts, bases: (L,), (L + 1,), (L,) int64; a segment's place in the flat buffer, in the dense order of
+        coded elements, and inside its layer.
+    limit, lift, scale: (L,) float32; keys: (L, 2) uint32.
+"""
+
+import numba
+import numpy as np
+
+U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
+I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
+
+GROUP = 64  # columns of a planar block, and lanes of a float sum
+CHUNK = 4096  # elements summed in float32 before float64 takes over
+
+_C1, _C2 = U32(0x21F0AAAD), U32(0x735A2D97)
+_S8, _S15, _S16 = U32(8), U32(15), U32(16)
+_SIGN_OFF = I32(0x7FFFFFFF)
+_INF_BITS = I32(0x7F800000)
+_S23, _S24 = I32(23), I32(24)
+_ZERO = F32(0)
+
+
+def _jit(signature, **options):
+    return numba.njit(signature, nogil=True, cache=True, error_model="numpy", boundscheck=False, **options)
+
+
+@_jit("uint32(uint32, uint32, uint32)", inline="never")
+def _noise(counter, key0, key1):
+    """24 random bits. Every operation is cast back: Numba widens uint32 arithmetic to 64 bits."""
+    x = U32(counter + key0)
+    x = U32(U32(x ^ U32(x >> _S16)) * _C1)
+    x = U32(x ^ key1)
+    x = U32(U32(x ^ U32(x >> _S15)) * _C2)
+    return U32(U32(x ^ U32(x >> _S15)) >> _S8)
+
+
+@_jit("int32(float32, float32, float32, float32, int32, uint32, uint32, uint32)", inline="never")
+def _round(value, limit, lift, scale, top, counter, key0, key1):
+    """One code: |value| clamped, scaled to 24 fractional bits, plus 24 random bits, floor, sign restored."""
+    magnitude = abs(value)
+    magnitude = magnitude if magnitude < limit else limit
+    fixed = I32((magnitude * lift) * scale)
+    fixed = fixed if fixed < top else top
+    code = I32(I32(fixed + I32(_noise(counter, key0, key1))) >> _S24)
+    return I32(-code) if value < _ZERO else code
+
+
+@_jit("int64(int64[::1], int64)")
+def _find(starts, position):
+    """The last segment that begins at or before `position`."""
+    low, high = 0, len(starts) - 2
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if starts[middle] <= position:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+_LAYOUT = "int64[::1], int64[::1], int64[::1]"
+_FACTORS = "float32[::1], float32[::1], float32[::1], uint32[:, ::1]"
+
+
+@_jit(f"void(float32[::1], {_LAYOUT}, {_FACTORS}, int32, int64, int64, int32, uint8[::1])")
+def encode_bytes(flat, offsets, starts, bases, limit, lift, scale, keys, top, begin, end, bias, out):
+    """Codes of dense elements [begin, end) as bytes `code + bias` (wrapping) into `out` (end - begin,)."""
+    if begin >= end:
+        return
+    s = _find(starts, begin)
+    position = begin
+    while position < end:
+        while starts[s + 1] <= position:
+            s += 1
+        stop = min(end, starts[s + 1])
+        inside = position - starts[s]
+        at, counter, to, count = offsets[s] + inside, U32(bases[s] + inside), position - begin, stop - position
+        lim, lif, sca, k0, k1 = limit[s], lift[s], scale[s], keys[s, 0], keys[s, 1]
+        whole = count - count % GROUP
+        for i in range(0, whole, GROUP):
+            for j in range(GROUP):
+                x = flat[U64(at + i) + U64(j)]
+                code = _round(x, lim, lif, sca, top, U32(U32(counter + U32(i)) + U32(j)), k0, k1)
+                out[U64(to + i) + U64(j)] = U8(I32(code + bias))
+        for i in range(whole, count):
+            out[to + i] = U8(_round(flat[at + i], lim, lif, sca, top, U32(counter + U32(i)), k0, k1) + bias)
+        position = stop
+
+
+@_jit("int64(int64, int64, int64)", inline="never")
+def _plane_width(length, begin, digits):
+    """Columns of the block at `begin`: GROUP, or just enough for what is left."""
+    rest = length - begin
+    return GROUP if rest >= digits * GROUP else (rest + digits - 1) // digits
+
+
+# A scratch block holds plane k of its codes at [k * GROUP, (k + 1) * GROUP), so that every loop over columns has the
+# constant trip count GROUP. Only the last block of a row is narrower; `_spread` and `_squeeze` move its columns.
+@_jit("void(int32[::1], int64, int64)")
+def _spread(block, width, digits):
+    for k in range(digits - 1, -1, -1):
+        for j in range(width - 1, -1, -1):
+            block[k * GROUP + j] = block[k * width + j]
+
+
+@_jit("void(int32[::1], int64, int64)")
+def _squeeze(block, width, digits):
+    for k in range(digits):
+        for j in range(width):
+            block[k * width + j] = block[k * GROUP + j]
+
+
+@_jit("void(int32[::1], int64, int64, int64, int64, uint8[::1], int64)")
+def _store_block(block, width, radix, digits, word_bytes, out, word):
+    """A block of digits -> the words `word`, `word + 1`, ...: word j = sum over k of block[k * GROUP + j] * radix^k."""
+    if word_bytes < 8:
+        acc = np.zeros(GROUP, np.uint32)
+        base = U32(radix)
+        for k in range(digits - 1, -1, -1):
+            at = U64(k * GROUP)
+            for j in range(GROUP):
+                acc[j] = U32(U32(acc[j] * base) + U32(block[at + U64(j)]))
+        if word_bytes == 1:
+            for j in range(width):
+                out[U64(word) + U64(j)] = U8(acc[j])
+        elif word_bytes == 2:
+            out16 = out.view(np.uint16)
+            for j in range(width):
+                out16[U64(word) + U64(j)] = U16(acc[j])
+        else:
+            out32 = out.view(np.uint32)
+            for j in range(width):
+                out32[U64(word) + U64(j)] = acc[j]
+    else:
+        wide = np.zeros(GROUP, np.uint64)
+        base64 = U64(radix)
+        for k in range(digits - 1, -1, -1):
+            at = U64(k * GROUP)
+            for j in range(GROUP):
+                wide[j] = wide[j] * base64 + U64(block[at + U64(j)])
+        out64 = out.view(np.uint64)
+        for j in range(width):
+            out64[U64(word) + U64(j)] = wide[j]
+
+
+@_jit("void(uint32[::1], int64, int64, bool_, int32[::1], int64)")
+def _add_digits(cur, radix, digits, short, block, plane):
+    """Peel base-radix digits off GROUP words and add them to the planes `plane`, `plane + 1`, ... of `block`.
+
+    Division by multiplication: (x + 1/2) / radix is never within rounding error of an integer for x < 2^16 in
+    float32 (`short`) or x < 2^32 in float64, so truncation is exact.
+    """
+    base = U32(radix)
+    inverse32, half32 = F32(1.0) / F32(radix), F32(0.5)
+    inverse64, half64 = F64(1.0) / F64(radix), F64(0.5)
+    for k in range(digits - 1):
+        to = U64((plane + k) * GROUP)
+        if short:
+            for j in range(GROUP):
+                quotient = U32(I32((F32(I32(cur[j])) + half32) * inverse32))
+                block[to + U64(j)] += I32(cur[j] - U32(quotient * base))
+                cur[j] = quotient
+        else:
+            for j in range(GROUP):
+                quotient = U32(I32((F64(cur[j]) + half64) * inverse64))
+                block[to + U64(j)] += I32(cur[j] - U32(quotient * base))
+                cur[j] = quotient
+    to = U64((plane + digits - 1) * GROUP)
+    for j in range(GROUP):
+        block[to + U64(j)] += I32(cur[j])
+
+
+@_jit("void(uint8[::1], int64, int64, int64, int64, int64, uint32[::1], int32[::1])")
+def _add_block(packed, word, width, radix, digits, word_bytes, cur, block):
+    """Add the digits of the words at `word` to the planes of `block`."""
+    if word_bytes == 1:
+        if width == GROUP:
+            for j in range(GROUP):
+                cur[j] = U32(packed[U64(word) + U64(j)])
+        else:
+            for j in range(width):
+                cur[j] = U32(packed[U64(word) + U64(j)])
+        _add_digits(cur, radix, digits, True, block, 0)
+    elif word_bytes == 2:
+        packed16 = packed.view(np.uint16)
+        for j in range(width):
+            cur[j] = U32(packed16[U64(word) + U64(j)])
+        _add_digits(cur, radix, digits, True, block, 0)
+    elif word_bytes == 4:
+        packed32 = packed.view(np.uint32)
+        for j in range(width):
+            cur[j] = packed32[U64(word) + U64(j)]
+        _add_digits(cur, radix, digits, False, block, 0)
+    else:
+        packed64 = packed.view(np.uint64)
+        part_digits, part = 0, U64(1)  # as many digits as fit 32 bits are split off at a time
+        while part * U64(radix) <= U64(0x100000000):
+            part *= U64(radix)
+            part_digits += 1
+        rest = np.zeros(GROUP, np.uint64)
+        for j in range(width):
+            rest[j] = packed64[U64(word) + U64(j)]
+        done = 0
+        while done < digits:
+            count = min(part_digits, digits - done)
+            for j in range(GROUP):
+                quotient = rest[j] // part
+                cur[j] = U32(rest[j] - quotient * part)
+                rest[j] = quotient
+            _add_digits(cur, radix, count, False, block, done)
+            done += count
+
+
+@_jit("void(uint8[:, ::1], int64, int64, int32, int64, int64, int64, uint32[::1], int32[::1])")
+def _sum_block(rows, word, width, low, radix, digits, word_bytes, cur, block):
+    """The sum over rows of the codes in the words at `word`, dense in `block`."""
+    bias = I32(low * I32(rows.shape[0]))
+    for i in range(digits * GROUP):
+        block[i] = bias
+    for r in range(rows.shape[0]):
+        _add_block(rows[r], word, width, radix, digits, word_bytes, cur, block)
+    if width < GROUP:
+        _squeeze(block, width, digits)
+
+
+@_jit("void(int32[::1], int32, int64, int64, int64, uint8[::1])")
+def pack(codes, low, radix, digits, word_bytes, out):
+    """Codes (m,) in [low, low + radix) -> planar base-radix words; see :mod:`terncomm.wire`."""
+    length = len(codes)
+    block = np.empty(digits * GROUP, np.int32)
+    begin = 0
+    while begin < length:
+        width = _plane_width(length, begin, digits)
+        size = digits * width
+        count = min(length - begin, size)
+        for i in range(count):
+            block[i] = I32(codes[U64(begin) + U64(i)] - low)
+        for i in range(count, size):
+            block[i] = I32(-low)
+        if width < GROUP:
+            _spread(block, width, digits)
+        _store_block(block, width, radix, digits, word_bytes, out, begin // digits)
+        begin += size
+
+
+@_jit(f"void(float32[::1], {_LAYOUT}, {_FACTORS}, int32, int64, int64, int64, int32, int64, int64, int64, uint8[::1])")
+def encode_pack(
+    flat, offsets, starts, bases, limit, lift, scale, keys, top, begin, end, length, low, radix, digits, word_bytes, out
+):
+    """`pack` of the codes of dense elements [begin, end), padded with the code 0 to `length`."""
+    block = np.empty(digits * GROUP, np.int32)
+    s = _find(starts, begin)
+    done = 0
+    while done < length:
+        width = _plane_width(length, done, digits)
+        size = digits * width
+        column = 0
+        stop = min(begin + done + size, end)
+        position = begin + done
+        while position < stop:
+            while starts[s + 1] <= position:
+                s += 1
+            count = min(stop, starts[s + 1]) - position
+            inside = position - starts[s]
+            at, counter = offsets[s] + inside, U32(bases[s] + inside)
+            lim, lif, sca, k0, k1 = limit[s], lift[s], scale[s], keys[s, 0], keys[s, 1]
+            whole = count - count % GROUP
+            for i in range(0, whole, GROUP):
+                for j in range(GROUP):
+                    x = flat[U64(at + i) + U64(j)]
+                    code = _round(x, lim, lif, sca, top, U32(U32(counter + U32(i)) + U32(j)), k0, k1)
+                    block[U64(column + i) + U64(j)] = I32(code - low)
+            for i in range(whole, count):
+                code = _round(flat[at + i], lim, lif, sca, top, U32(counter + U32(i)), k0, k1)
+                block[column + i] = I32(code - low)
+            column += count
+            position += count
+        for i in range(column, size):
+            block[i] = I32(-low)
+        if width < GROUP:
+            _spread(block, width, digits)
+        _store_block(block, width, radix, digits, word_bytes, out, done // digits)
+        done += size
+
+
+@_jit("void(uint8[:, ::1], int32, int64, int64, int64, int32[::1])")
+def unpack_sum(rows, low, radix, digits, word_bytes, out):
+    """Packed rows (R, k) -> the sum over rows of their codes, (m,)."""
+    length = len(out)
+    block = np.empty(digits * GROUP, np.int32)
+    cur = np.zeros(GROUP, np.uint32)
+    begin = 0
+    while begin < length:
+        width = _plane_width(length, begin, digits)
+        _sum_block(rows, begin // digits, width, low, radix, digits, word_bytes, cur, block)
+        for i in range(min(length - begin, digits * width)):
+            out[U64(begin) + U64(i)] = block[i]
+        begin += digits * width
+
+
+@_jit("void(int32[::1], int64[::1], int64[::1], float64[::1], int64, int64, int64, float32[::1])")
+def _scale_out(totals, offsets, starts, unit, s, begin, end, out):
+    """Out = float32(total * unit) for dense elements [begin, end); totals[0] is element `begin`, in segment >= s."""
+    position = begin
+    while position < end:
+        while starts[s + 1] <= position:
+            s += 1
+        count = min(end, starts[s + 1]) - position
+        at, source, factor = offsets[s] + position - starts[s], position - begin, unit[s]
+        whole = count - count % GROUP
+        for i in range(0, whole, GROUP):
+            for j in range(GROUP):
+                out[U64(at + i) + U64(j)] = F32(F64(totals[U64(source + i) + U64(j)]) * factor)
+        for i in range(whole, count):
+            out[at + i] = F32(F64(totals[source + i]) * factor)
+        position += count
+
+
+@_jit("void(int32[::1], int64[::1], int64[::1], float64[::1], int64, int64, float32[::1])")
+def decode(totals, offsets, starts, unit, begin, end, out):
+    """Totals of dense elements [begin, end) -> their places in the flat buffer, times their segment's unit."""
+    if begin < end:
+        _scale_out(totals, offsets, starts, unit, _find(starts, begin), begin, end, out)
+
+
+@_jit(
+    "void(uint8[:, ::1], int32, int64, int64, int64, int64[::1], int64[::1], float64[::1],"
+    "int64, int64, int64, float32[::1])"
+)
+def unpack_decode(rows, low, radix, digits, word_bytes, offsets, starts, unit, begin, end, length, out):
+    """`decode` of `unpack_sum`, a block at a time; the rows hold `length` codes each, from dense element `begin`."""
+    block = np.empty(digits * GROUP, np.int32)
+    cur = np.zeros(GROUP, np.uint32)
+    s = _find(starts, begin)
+    done = 0
+    while begin + done < end:
+        width = _plane_width(length, done, digits)
+        _sum_block(rows, done // digits, width, low, radix, digits, word_bytes, cur, block)
+        stop = min(begin + done + digits * width, end)
+        while starts[s + 1] <= begin + done:
+            s += 1
+        _scale_out(block, offsets, starts, unit, s, begin + done, stop, out)
+        done += digits * width
+
+
+@_jit("void(int32[::1], float32[::1], int64[::1], int64[::1], int64, int64, int32[::1], float64[::1], float64[::1])")
+def chunk_moments(bits, flat, begins, sizes, begin, end, peaks, sums, squares):
+    """Per chunk: peak magnitude (its bits), sum and sum of squares in fixed float32 lanes, scaled by a power of two.
+
+    Chunk c covers flat[begins[c] : begins[c] + sizes[c]], sizes[c] <= CHUNK; writes entries [begin, end).
+    """
+    lanes = np.empty(GROUP, np.float32)
+    lanes2 = np.empty(GROUP, np.float32)
+    power = np.empty(1, np.int32)
+    for c in range(begin, end):
+        at, size = begins[c], sizes[c]
+        whole = size - size % GROUP
+        peak = I32(0)
+        for i in range(0, whole, GROUP):
+            for j in range(GROUP):
+                magnitude = I32(bits[U64(at + i) + U64(j)] & _SIGN_OFF)
+                peak = magnitude if magnitude > peak else peak
+        for i in range(whole, size):
+            magnitude = bits[at + i] & _SIGN_OFF
+            peak = magnitude if magnitude > peak else peak
+        exponent = min(max(peak >> _S23, I32(1)), I32(253))
+        power[0] = (I32(254) - exponent) << _S23
+        unit = power.view(np.float32)[0]
+        for j in range(GROUP):
+            lanes[j] = _ZERO
+            lanes2[j] = _ZERO
+        for i in range(0, whole, GROUP):
+            for j in range(GROUP):
+                value = flat[U64(at + i) + U64(j)] * unit
+                lanes[j] += value
+                lanes2[j] += value * value
+        for i in range(whole, size):
+            value = flat[at + i] * unit
+            lanes[i - whole] += value
+            lanes2[i - whole] += value * value
+        half = GROUP // 2
+        while half > 0:
+            for j in range(half):
+                lanes[j] += lanes[j + half]
+                lanes2[j] += lanes2[j + half]
+            half >>= 1
+        back = F64(2.0) ** F64(exponent - I32(127))
+        peaks[c] = peak
+        sums[c] = F64(lanes[0]) * back
+        squares[c] = F64(lanes2[0]) * back * back
+
+
+@_jit("void(float64[::1], int64, int64)")
+def _tree_sum(x, begin, end):
+    """x[begin] becomes the sum of x[begin:end], added by halving as if zero-padded to a power of two."""
+    length = 1
+    while length < end - begin:
+        length *= 2
+    count = end - begin
+    while length > 1:
+        length //= 2
+        for i in range(max(count - length, 0)):
+            x[begin + i] += x[begin + length + i]
+        count = min(count, length)
+
+
+@_jit("void(int64[::1], int32[::1], float64[::1], float64[::1], int32[::1], float64[::1], float64[::1])")
+def combine_moments(firsts, peaks, sums, squares, peak, total, square):
+    """Chunks [firsts[s], firsts[s + 1]) -> the moments of segment s; `sums` and `squares` are used up."""
+    for s in range(len(firsts) - 1):
+        begin, end = firsts[s], firsts[s + 1]
+        best = I32(0)
+        for c in range(begin, end):
+            best = max(best, peaks[c])
+        peak[s] = min(best, _INF_BITS)
+        total[s] = 0.0
+        square[s] = 0.0
+        if end > begin:
+            _tree_sum(sums, begin, end)
+            _tree_sum(squares, begin, end)
+            total[s] = sums[begin]
+            square[s] = squares[begin]
+
+
+@_jit("void(int32[::1], int64[::1], int64[::1], int64, int64, int32[::1])")
+def peaks(bits, offsets, sizes, begin, end, out):
+    """Bits of the largest magnitude of segments [begin, end); those of +inf where an element is not finite."""
+    for s in range(begin, end):
+        at, size = offsets[s], sizes[s]
+        whole = size - size % GROUP
+        peak = I32(0)
+        for i in range(0, whole, GROUP):
+            for j in range(GROUP):
+                magnitude = I32(bits[U64(at + i) + U64(j)] & _SIGN_OFF)
+                peak = magnitude if magnitude > peak else peak
+        for i in range(whole, size):
+            magnitude = I32(bits[at + i] & _SIGN_OFF)
+            peak = magnitude if magnitude > peak else peak
+        out[s] = min(peak, _INF_BITS)
+
+
+@_jit("void(int32[::1], int64[::1], int64[::1], uint32[:, ::1], uint8[::1], int32[::1])")
+def narrow(totals, starts, bases, keys, codes, divisors):
+    """Totals (m,) of the segments [starts[s], starts[s + 1]) -> 8-bit codes + 127 and a divisor per segment."""
+    for s in range(len(starts) - 1):
+        begin, end = starts[s], starts[s + 1]
+        peak = I32(0)
+        for i in range(begin, end):
+            magnitude = abs(totals[i])
+            peak = magnitude if magnitude > peak else peak
+        divisor = max((peak + I32(126)) // I32(127), I32(1))
+        divisors[s] = divisor
+        wide, inverse, half = U64(divisor), F64(1.0) / F64(divisor), F64(0.5)
+        shift = I32(divisor * 127)
+        k0, k1, counter = keys[s, 0], keys[s, 1], U32(bases[s])
+        for i in range(end - begin):
+            offset = I32((U64(_noise(U32(counter + U32(i)), k0, k1)) * wide) >> U64(24))
+            x = I32(totals[U64(begin) + U64(i)] + I32(offset + shift))
+            codes[U64(begin) + U64(i)] = U8(I32((F64(x) + half) * inverse))
+
+
+@_jit("void(uint8[::1], int64[::1], int32[::1], int32[::1])")
+def widen(codes, starts, divisors, out):
+    """Codes + 127 (m,) times the divisor of their segment -> (m,) int32."""
+    for s in range(len(starts) - 1):
+        begin, divisor = starts[s], divisors[s]
+        for i in range(starts[s + 1] - begin):
+            out[U64(begin) + U64(i)] = I32(I32(I32(codes[U64(begin) + U64(i)]) - I32(127)) * divisor)

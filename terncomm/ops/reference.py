@@ -1,0 +1,222 @@
+"""The definition of every kernel, in plain torch, on any device. The fast kernels must equal it bit for bit.
+
+Legend: `n` dense elements, `L` segments, `R` rows, `m` codes in a row.
+"""
+
+import torch
+
+from terncomm.ops.types import Packing, Rounding
+from terncomm.segments import Segments
+
+GROUP = 64  # columns of a planar block, and lanes of a float sum
+CHUNK = 4096  # elements summed in float32 before float64 takes over
+_MASK = 0xFFFFFFFF
+_FRACTION = 24  # random bits, and fractional bits of the fixed-point magnitude
+_TINY = 2.0**-96  # below this, levels * 2^24 / scale would overflow float32
+
+
+def _index(segments: Segments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each dense element: its segment, its place in the flat buffer, its index inside its layer. All (n,) int64."""
+    segment = torch.repeat_interleave(torch.arange(len(segments)), segments.lengths)
+    inside = torch.arange(segments.numel) - segments.starts[:-1][segment]
+    place = segments.offsets[segment] + inside
+    return segment.to(device), place.to(device), (segments.bases[segment] + inside).to(device)
+
+
+def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """(L,) float32: the largest magnitude of each segment; +inf where an element is not finite; 0 where empty."""
+    magnitude = segments.take(flat).abs()
+    magnitude = torch.where(torch.isfinite(magnitude), magnitude, torch.inf)
+    if len(segments) == 0 or segments.numel == 0:
+        return torch.zeros(len(segments), dtype=torch.float32, device=flat.device)
+    lengths = segments.lengths.to(flat.device)
+    return torch.segment_reduce(magnitude, "max", lengths=lengths, initial=0.0)
+
+
+def _tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the last dimension by halving, zero-padded to a power of two: an order that never changes."""
+    length = 1 << max(x.shape[-1] - 1, 0).bit_length()
+    x = torch.nn.functional.pad(x, (0, length - x.shape[-1]))
+    while length > 1:
+        length //= 2
+        x = x[..., :length] + x[..., length:]
+    return x[..., 0]
+
+
+def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Peak magnitude (L,) float32, sum and sum of squares (L,) float64 of each segment, in one fixed order.
+
+    A segment is cut into chunks of CHUNK elements. A chunk is scaled by a power of two (exact) that brings its peak
+    into [1, 2) and summed in GROUP float32 lanes, element i in lane i mod GROUP; lanes, and then chunks in float64,
+    are added by halving.
+    """
+    sums = torch.zeros(len(segments), dtype=torch.float64, device=flat.device)
+    squares = torch.zeros_like(sums)
+    for s, (offset, size) in enumerate(zip(segments.offsets.tolist(), segments.sizes, strict=True)):
+        if size == 0:
+            continue
+        chunks = torch.nn.functional.pad(flat[offset : offset + size], (0, -size % CHUNK)).view(-1, CHUNK)
+        bits = (chunks.view(torch.int32) & 0x7FFFFFFF).amax(dim=1)
+        exponent = (bits >> 23).clamp(1, 253)
+        unit = ((254 - exponent) << 23).view(torch.float32)
+        lanes = torch.zeros(len(chunks), GROUP, device=flat.device)
+        lanes2 = torch.zeros_like(lanes)
+        for values in (chunks * unit[:, None]).view(-1, CHUNK // GROUP, GROUP).unbind(1):
+            lanes = lanes + values
+            lanes2 = lanes2 + values * values
+        back = torch.ldexp(sums.new_ones(len(chunks)), exponent - 127)
+        sums[s] = _tree_sum(_tree_sum(lanes).double() * back)
+        squares[s] = _tree_sum(_tree_sum(lanes2).double() * back * back)
+    return peaks(flat, segments), sums, squares
+
+
+def clip_limit(
+    peak: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, lengths: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """(L,) float32 min(peak, clip * sigma), sigma the biased standard deviation (Wen et al., 2017, section 3.3).
+
+    A layer with no spread (one element, or all elements alike) would be clipped to nothing: where sigma is not above
+    1/256 of |mean| the limit is the peak. It is 0 only where the layer is all zero, +inf where it is not finite.
+    """
+    count = lengths.to(total).clamp(min=1)
+    mean = total / count
+    sigma = (squares / count - mean * mean).clamp(min=0).sqrt()
+    limit = torch.minimum((sigma * clip).to(torch.float32), peak)
+    spread = (sigma * 256 > mean.abs()) & (limit > 0)
+    return torch.where(spread & torch.isfinite(peak), limit, peak)
+
+
+def rounding(local: torch.Tensor, shared: torch.Tensor, keys: torch.Tensor, levels: int) -> Rounding:
+    """Clip limits and shared scales, (L,) float32 -> what the encoding kernels multiply and compare with.
+
+    `scale` is rounded up, so that a magnitude equal to the shared scale always becomes the code `levels`.
+    """
+    usable = torch.isfinite(shared) & (shared > 0)
+    safe = torch.where(usable, shared, 1.0)
+    lift = torch.where(safe < _TINY, 2.0**100, 1.0).to(torch.float32)
+    lifted = (safe * lift).double()
+    exact = levels * 2.0**_FRACTION
+    scale = (exact / lifted).to(torch.float32)
+    scale = torch.where(
+        scale.double() * lifted < exact, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale
+    )
+    zero = torch.zeros_like(shared)
+    limit = torch.where(usable, torch.minimum(local, shared), zero)
+    return Rounding(limit, lift, torch.where(usable, scale, zero), keys, levels)
+
+
+def noise(counter: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:
+    """Counters and key words, int64 in [0, 2^32) -> 24 uniform random bits each, int64."""
+    x = (counter + key0) & _MASK
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
+    x = x ^ key1
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+    return (x ^ (x >> 15)) >> 8
+
+
+def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:
+    """Stochastic rounding of the described elements of flat, float32 -> (n,) int8 codes in [-levels, levels]."""
+    segment, place, counter = _index(segments, flat.device)
+    x = flat[place]
+    limit = how.limit[segment]
+    magnitude = x.abs()
+    magnitude = torch.where(magnitude < limit, magnitude, limit)  # NaN takes the limit, which is then 0
+    fixed = ((magnitude * how.lift[segment]) * how.scale[segment]).to(torch.int64)
+    fixed = fixed.clamp(max=how.levels << _FRACTION)
+    keys = how.keys.to(flat.device)[segment]
+    code = (fixed + noise(counter, keys[:, 0], keys[:, 1])) >> _FRACTION
+    return torch.where(x < 0, -code, code).to(torch.int8)
+
+
+def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: int, out: torch.Tensor) -> None:
+    """Integer totals of dense elements [begin, begin + len(totals)) -> out, float32(total * unit of its segment).
+
+    unit: (L,) float64. The product is formed in float64 and rounded once.
+    """
+    segment, place, _ = _index(segments, out.device)
+    here = slice(begin, begin + len(totals))
+    out[place[here]] = (totals.double() * unit.to(out.device)[segment[here]]).to(torch.float32)
+
+
+def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:
+    """Codes (m,) of any integer type -> (nbytes,) uint8."""
+    digits = torch.nn.functional.pad(codes.to(torch.int64), (0, -len(codes) % how.digits)) - how.low
+    body = len(codes) // (GROUP * how.digits) * (GROUP * how.digits)
+    blocks = [digits[:body].view(-1, how.digits, GROUP), digits[body:].view(1, how.digits, -1)]
+    words = []
+    for block in blocks:
+        word = torch.zeros_like(block[:, 0])
+        for k in range(how.digits - 1, -1, -1):
+            word = word * how.radix + block[:, k]  # wraps into the sign bit of int64 as unsigned arithmetic would
+        words.append(word.flatten())
+    narrow = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[how.word_bytes]
+    return torch.cat(words).to(narrow).view(torch.uint8)
+
+
+def _words(packed: torch.Tensor, how: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, k) uint8 -> high and low 32 bits of each little-endian word, (R, k / word_bytes) int64."""
+    octets = packed.view(packed.shape[0], -1, how.word_bytes).to(torch.int64)
+    half = [octets.new_zeros(octets.shape[:2]), octets.new_zeros(octets.shape[:2])]
+    for i in range(how.word_bytes):
+        half[i // 4] += octets[..., i] << (8 * (i % 4))
+    return half[1], half[0]
+
+
+def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
+    """Packed rows (R, k) uint8 -> the sum over rows of their `count` codes each, (count,) int32."""
+    high, low = _words(rows, how)
+    planes = []
+    for _ in range(how.digits):
+        carry = ((high % how.radix) << 32) | low
+        high = high // how.radix
+        planes.append(carry % how.radix)
+        low = carry // how.radix
+    digits = torch.stack(planes, dim=1)  # (R, digits, words)
+    body = count // (GROUP * how.digits) * GROUP
+    wide = digits[..., :body].view(len(rows), how.digits, -1, GROUP).transpose(1, 2).flatten(1)
+    dense = torch.cat([wide, digits[..., body:].flatten(1)], dim=1)[:, :count]
+    return (dense + how.low).sum(dim=0).to(torch.int32)
+
+
+def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integer sums -> 8 bits and a divisor per piece: ceil(max|sum| / 127), then unbiased rounding of sum / divisor.
+
+    Returns (m,) uint8 of code + 127, and (L,) int32 divisors, at least 1.
+    """
+    segment, _, counter = _index(window, totals.device)
+    peak = torch.zeros(len(window), dtype=torch.int32, device=totals.device)
+    peak = peak.scatter_reduce(0, segment, totals.abs(), "amax")
+    divisor = ((peak + 126) // 127).clamp(min=1)
+    each = divisor[segment].to(torch.int64)
+    key = keys.to(totals.device)[segment]
+    offset = (noise(counter, key[:, 0], key[:, 1]) * each) >> _FRACTION  # uniform in [0, divisor)
+    code = torch.div(totals + offset, each, rounding_mode="floor")
+    return (code + 127).to(torch.uint8), divisor
+
+
+def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor) -> torch.Tensor:
+    """`narrow` undone up to its rounding: (m,) uint8 and (L,) divisors -> (m,) int32."""
+    each = torch.repeat_interleave(divisor.to(torch.int32), window.lengths.to(codes.device))
+    return (codes.to(torch.int32) - 127) * each
+
+
+def encode_pack(
+    flat: torch.Tensor, segments: Segments, how: Rounding, packing: Packing, begin: int, length: int, out: torch.Tensor
+) -> None:
+    """Codes [begin, begin + length), padded with the code 0 beyond the last, packed into out (nbytes,) uint8."""
+    codes = encode(flat, segments, how)[begin : begin + length]
+    out.copy_(pack(torch.nn.functional.pad(codes, (0, length - len(codes))), packing))
+
+
+def unpack_decode(
+    rows: torch.Tensor,
+    how: Packing,
+    segments: Segments,
+    unit: torch.Tensor,
+    begin: int,
+    end: int,
+    length: int,
+    out: torch.Tensor,
+) -> None:
+    """`decode` of `unpack_sum` of packed rows (R, k) of `length` codes; the first are elements [begin, end)."""
+    decode(unpack_sum(rows, how, length)[: end - begin], segments, unit, begin, out)

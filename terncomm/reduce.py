@@ -1,0 +1,198 @@
+"""The path of one bucket: measure, share, encode, exchange, decode.
+
+1. `codec.measure`: this rank's clip limit and scale of each layer.
+2. `share`: the largest scale over ranks, and a check that all ranks are at the same place.
+3. encode and pack: small integers, a fused kernel where one is bit-equal to the two steps.
+4. `exchange.run`: the exact sum of the integers over ranks.
+5. unpack and decode: one multiplication, back into the buffer.
+
+What travels exactly is averaged beside it, in rank order. Everything here is straight-line blocking code; where it
+runs is the hook's business.
+"""
+
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from terncomm import exchange as exchanges
+from terncomm import ops
+from terncomm.codecs.base import Codec, SumFormat
+from terncomm.exchange import Plan
+from terncomm.keys import Key
+from terncomm.segments import Segments
+from terncomm.transports.base import Transport
+
+_HEADER = struct.Struct("<qqqqQ")  # the fields of _Header
+_PROLOGUE_NBYTES = 256
+_INLINE = (_PROLOGUE_NBYTES - _HEADER.size) // 4  # scales that fit beside the header
+_NONE = Segments(())
+
+
+class _Header(NamedTuple):
+    """Where a rank is and what it is about to send; equal on all ranks, or it is an error."""
+
+    seed: int
+    step: int
+    bucket: int
+    coded_elements: int
+    configuration: int  # a checksum of codec, layers, dtype and exchange
+
+
+class RanksDiffer(RuntimeError):
+    """Ranks came to the same exchange with different seeds, steps, buckets, codecs or layers."""
+
+
+class Clock:
+    """Seconds spent in each phase of the path: `encode_s`, `exchange_s`, `decode_s`."""
+
+    def __init__(self) -> None:
+        self.encode_s = self.exchange_s = self.decode_s = 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time inside to `<phase>_s`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + time.perf_counter() - begin)
+
+
+@lru_cache(maxsize=1024)
+def _checksum(codec: Codec | None, segments: Segments, exact: Segments, dtype: torch.dtype, exchange: str) -> int:
+    text = f"{codec!r} {segments.table.tolist()} {exact.table.tolist()} {dtype} {exchange}"
+    return zlib.crc32(text.encode())
+
+
+def share(local: torch.Tensor, header: _Header, transport: Transport) -> torch.Tensor:
+    """(L,) float32 local scales -> their maximum over ranks, (L,) float32, once all ranks proved to be in step.
+
+    The first message has one size whatever the layers are: the header, and the scales where they fit. More scales
+    follow in a message of their own: by all-gather while that is small, else in two phases.
+
+    Raises:
+        RanksDiffer: a rank sent another header. Every rank raises, naming both sides.
+    """
+    message = torch.zeros(_PROLOGUE_NBYTES, dtype=torch.uint8)
+    message[: _HEADER.size] = torch.frombuffer(bytearray(_HEADER.pack(*header)), dtype=torch.uint8)
+    message = message.to(local.device)
+    inline = slice(_HEADER.size, _HEADER.size + 4 * len(local) if len(local) <= _INLINE else _HEADER.size)
+    message[inline] = local.view(torch.uint8)[: inline.stop - inline.start]
+    received = transport.all_gather(message)
+    if not torch.equal(received[:, : _HEADER.size], message[: _HEADER.size].expand(len(received), -1)):
+        headers = [_Header(*_HEADER.unpack(bytes(row[: _HEADER.size].tolist()))) for row in received.cpu()]
+        raise RanksDiffer(_difference(headers, transport.rank))
+    if len(local) <= _INLINE:
+        return received[:, inline].contiguous().view(torch.float32).amax(dim=0)
+    if transport.world_size * local.numel() * 4 <= exchanges.SMALL:
+        return transport.all_gather(local.view(torch.uint8)).view(torch.float32).amax(dim=0)
+    return exchanges.all_reduce_max(local, transport)
+
+
+def _difference(headers: list[_Header], rank: int) -> str:
+    mine = headers[rank]
+    other = next(r for r, header in enumerate(headers) if header != mine)
+    told = [
+        f"{name.replace('_', ' ')} {here} here, {there} there"
+        for name, here, there in zip(_Header._fields, mine, headers[other], strict=True)
+        if here != there
+    ]
+    return (
+        f"ranks are not in step. Rank {rank} (here) and rank {other} (there): {'; '.join(told)}. Every rank must use "
+        "the same codec and options, switch it on and off at the same step, and run the same backward passes."
+    )
+
+
+def all_reduce_mean(
+    flat: torch.Tensor,
+    segments: Segments,
+    codec: Codec | None,
+    transport: Transport,
+    *,
+    key: Key | int,
+    exchange: str = "auto",
+    exact: Segments = _NONE,
+    clock: Clock | None = None,
+) -> torch.Tensor:
+    """Replace the described elements of `flat` by an estimate of their mean over ranks; the same bits on every rank.
+
+    Args:
+        flat: (n,) contiguous floats, changed in place. Codes are made from float32; other types are converted.
+        segments: the layers that are coded, one scale each or finer, as the codec has it.
+        codec: how; `None` only where `segments` is empty.
+        transport: this rank's; every rank calls with the same arguments but `flat`.
+        key: seed and step of the rounding noise; an int is `Key(seed)`. Use another step, or seed, in every call.
+        exchange: "auto", "gather" or "two_phase"; all give the same bits.
+        exact: layers that are averaged without a codec.
+        clock: adds up the time of the phases.
+
+    Returns:
+        flat.
+
+    Raises:
+        ValueError: the segments do not fit the buffer, or an unknown exchange.
+        TypeError: `flat` is not of a floating-point type.
+        RanksDiffer: ranks called with different arguments.
+
+    >>> from terncomm import Ternary
+    >>> from terncomm.transports import LocalTransport
+    >>> def work(transport):
+    ...     gradient = torch.full((4,), 0.5)
+    ...     return all_reduce_mean(gradient, Segments([4]), Ternary(clip=None), transport, key=0).tolist()
+    >>> LocalTransport.run(2, work)
+    [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
+    """
+    if not flat.is_floating_point():
+        raise TypeError(f"gradients must be of a floating-point type, got {flat.dtype}")
+    if exchange not in exchanges.ALGORITHMS:
+        raise ValueError(f"exchange must be one of {', '.join(exchanges.ALGORITHMS)}, got {exchange!r}")
+    segments.check(flat)
+    exact.check(flat)
+    if codec is None and len(segments):
+        raise ValueError(f"{len(segments)} segments to be coded and no codec; give a codec, or name them in exact=")
+    key = Key(key) if isinstance(key, int) else key
+    clock = clock or Clock()
+    rank, world_size = transport.rank, transport.world_size
+    checksum = _checksum(codec, segments, exact, flat.dtype, exchange)
+    header = _Header(key.seed, key.step, key.bucket, segments.numel, checksum)
+
+    values = flat if flat.dtype == torch.float32 or codec is None else flat.to(torch.float32)
+    scaled = codec.scaled(segments) if codec else _NONE
+    with clock("encode"):
+        local = codec.measure(values, scaled) if codec else torch.zeros(0, device=flat.device)
+    with clock("exchange"):
+        shared = share(local, header, transport)
+        if exact.numel:
+            exact.put(exchanges.all_reduce_float_mean(exact.take(flat), transport), flat)
+    if codec is None or segments.numel == 0:
+        return flat
+
+    with clock("encode"):
+        plan, returned = _plan(codec, scaled, key, exchange, world_size)
+        how = codec.rounding(scaled, local, shared, key, rank=rank, world_size=world_size)
+        nbytes = plan.packing.nbytes(plan.packed_length)
+        packed = torch.empty((len(plan.rows), nbytes), dtype=torch.uint8, device=flat.device)
+        for row, (begin, _) in enumerate(plan.rows):
+            ops.encode_pack(values, scaled, how, plan.packing, begin, plan.packed_length, packed[row])
+    with clock("exchange"):
+        pieces = exchanges.run(packed, plan, returned, transport)
+    with clock("decode"):
+        unit = codec.unit(shared, world_size)
+        for piece in pieces:
+            piece.decode(scaled, unit, values)
+        if values is not flat:
+            segments.put(segments.take(values).to(flat.dtype), flat)
+    return flat
+
+
+def _plan(codec: Codec, scaled: Segments, key: Key, exchange: str, world_size: int) -> tuple[Plan, SumFormat | None]:
+    row_length = -(-scaled.numel // world_size)
+    returned = codec.narrowing(scaled, key, row_length=row_length, world_size=world_size)
+    nbytes = None if returned is None else returned.nbytes
+    return exchanges.choose(exchange, scaled.numel, codec.alphabet, world_size, nbytes), returned

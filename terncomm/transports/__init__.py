@@ -1,0 +1,8 @@
+"""Transports: what moves bytes between ranks."""
+
+from terncomm.transports.base import Transport
+from terncomm.transports.local import LocalTransport, RankFailed
+from terncomm.transports.metered import Metered
+from terncomm.transports.process_group import ProcessGroupTransport
+
+__all__ = ["LocalTransport", "Metered", "ProcessGroupTransport", "RankFailed", "Transport"]
