@@ -81,8 +81,11 @@ class Codec(ABC):
         return ops.encode(flat, segments, how)
 
     def unit(self, shared: torch.Tensor, world_size: int) -> torch.Tensor:
-        """(L,) float32 shared scales -> (L,) float64: the mean gradient that one unit of the sum stands for."""
-        return shared.double() / (self.levels * world_size)
+        """(L,) float32 shared scales -> (2, L) float32: the mean gradient that one unit of the sum stands for.
+
+        In two parts, see :func:`terncomm.ops.reference.split_unit`.
+        """
+        return ops.split_unit(shared.double() / (self.levels * world_size))
 
     def decode(
         self, total: torch.Tensor, segments: Segments, shared: torch.Tensor, world_size: int, *, out: torch.Tensor

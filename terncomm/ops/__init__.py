@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 
 from terncomm.ops import reference
-from terncomm.ops.reference import clip_limit, rounding
+from terncomm.ops.reference import clip_limit, rounding, split_unit
 from terncomm.ops.types import Packing, Rounding
 from terncomm.segments import Segments
 
@@ -35,6 +35,7 @@ __all__ = [
     "pack",
     "peaks",
     "rounding",
+    "split_unit",
     "unpack_decode",
     "unpack_sum",
     "widen",

@@ -117,19 +117,32 @@ def _squeeze(block, width, digits):
             block[k * width + j] = block[k * GROUP + j]
 
 
-@_jit("void(int32[::1], int64, int64, int64, int64, uint8[::1], int64)")
-def _store_block(block, width, radix, digits, word_bytes, out, word):
+@_jit("void(int32[::1], uint64[::1], int64, int64, int64, int64, uint8[::1], int64)", inline="always")
+def _store_block(block, wide, width, radix, digits, word_bytes, out, word):
     """A block of digits -> the words `word`, `word + 1`, ...: word j = sum over k of block[k * GROUP + j] * radix^k."""
-    if word_bytes < 8:
-        acc = np.zeros(GROUP, np.uint32)
+    if word_bytes == 1 and digits == 5 and width == GROUP:  # ternary codes, the layout of the hot path
+        b1 = I32(radix)
+        b2, b3, b4 = I32(b1 * b1), I32(b1 * b1 * b1), I32(b1 * b1 * b1 * b1)
+        for j in range(GROUP):
+            low = I32(block[U64(j)] + b1 * block[U64(64 + j)] + b2 * block[U64(128 + j)])
+            out[U64(word) + U64(j)] = U8(I32(low + b3 * block[U64(192 + j)] + b4 * block[U64(256 + j)]))
+    elif word_bytes < 8:
+        acc = wide.view(np.uint32)
         base = U32(radix)
-        for k in range(digits - 1, -1, -1):
+        last = U64((digits - 1) * GROUP)
+        for j in range(GROUP):
+            acc[j] = U32(block[last + U64(j)])
+        for k in range(digits - 2, -1, -1):
             at = U64(k * GROUP)
             for j in range(GROUP):
                 acc[j] = U32(U32(acc[j] * base) + U32(block[at + U64(j)]))
         if word_bytes == 1:
-            for j in range(width):
-                out[U64(word) + U64(j)] = U8(acc[j])
+            if width == GROUP:
+                for j in range(GROUP):
+                    out[U64(word) + U64(j)] = U8(acc[j])
+            else:
+                for j in range(width):
+                    out[U64(word) + U64(j)] = U8(acc[j])
         elif word_bytes == 2:
             out16 = out.view(np.uint16)
             for j in range(width):
@@ -139,8 +152,9 @@ def _store_block(block, width, radix, digits, word_bytes, out, word):
             for j in range(width):
                 out32[U64(word) + U64(j)] = acc[j]
     else:
-        wide = np.zeros(GROUP, np.uint64)
         base64 = U64(radix)
+        for j in range(GROUP):
+            wide[j] = U64(0)
         for k in range(digits - 1, -1, -1):
             at = U64(k * GROUP)
             for j in range(GROUP):
@@ -150,82 +164,96 @@ def _store_block(block, width, radix, digits, word_bytes, out, word):
             out64[U64(word) + U64(j)] = wide[j]
 
 
-@_jit("void(uint32[::1], int64, int64, bool_, int32[::1], int64)")
-def _add_digits(cur, radix, digits, short, block, plane):
-    """Peel base-radix digits off GROUP words and add them to the planes `plane`, `plane + 1`, ... of `block`.
+@_jit("void(uint32[::1], int64, int64, bool_, int32, int32[::1], int64)", inline="always")
+def _peel(cur, radix, digits, first, bias, block, plane):
+    """Base-radix digits of GROUP numbers below 2^21, added to the planes `plane`, `plane + 1`, ... of `block`.
 
-    Division by multiplication: (x + 1/2) / radix is never within rounding error of an integer for x < 2^16 in
-    float32 (`short`) or x < 2^32 in float64, so truncation is exact.
+    The first row is stored, plus `bias`, where the others are added. Division by multiplication: (x + 1/2) / radix is
+    never within float32's rounding error of an integer for x < 2^21, so truncation is exact.
     """
-    base = U32(radix)
-    inverse32, half32 = F32(1.0) / F32(radix), F32(0.5)
-    inverse64, half64 = F64(1.0) / F64(radix), F64(0.5)
-    for k in range(digits - 1):
+    base, inverse, half = U32(radix), F32(1.0) / F32(radix), F32(0.5)
+    for k in range(digits):
         to = U64((plane + k) * GROUP)
-        if short:
+        if k == digits - 1:
+            if first:
+                for j in range(GROUP):
+                    block[to + U64(j)] = I32(I32(cur[j]) + bias)
+            else:
+                for j in range(GROUP):
+                    block[to + U64(j)] += I32(cur[j])
+        elif first:
             for j in range(GROUP):
-                quotient = U32(I32((F32(I32(cur[j])) + half32) * inverse32))
-                block[to + U64(j)] += I32(cur[j] - U32(quotient * base))
+                quotient = U32(I32((F32(I32(cur[j])) + half) * inverse))
+                block[to + U64(j)] = I32(I32(cur[j] - U32(quotient * base)) + bias)
                 cur[j] = quotient
         else:
             for j in range(GROUP):
-                quotient = U32(I32((F64(cur[j]) + half64) * inverse64))
+                quotient = U32(I32((F32(I32(cur[j])) + half) * inverse))
                 block[to + U64(j)] += I32(cur[j] - U32(quotient * base))
                 cur[j] = quotient
-    to = U64((plane + digits - 1) * GROUP)
-    for j in range(GROUP):
-        block[to + U64(j)] += I32(cur[j])
 
 
-@_jit("void(uint8[::1], int64, int64, int64, int64, int64, uint32[::1], int32[::1])")
-def _add_block(packed, word, width, radix, digits, word_bytes, cur, block):
-    """Add the digits of the words at `word` to the planes of `block`."""
-    if word_bytes == 1:
-        if width == GROUP:
-            for j in range(GROUP):
-                cur[j] = U32(packed[U64(word) + U64(j)])
-        else:
-            for j in range(width):
-                cur[j] = U32(packed[U64(word) + U64(j)])
-        _add_digits(cur, radix, digits, True, block, 0)
-    elif word_bytes == 2:
-        packed16 = packed.view(np.uint16)
-        for j in range(width):
-            cur[j] = U32(packed16[U64(word) + U64(j)])
-        _add_digits(cur, radix, digits, True, block, 0)
-    elif word_bytes == 4:
-        packed32 = packed.view(np.uint32)
-        for j in range(width):
-            cur[j] = packed32[U64(word) + U64(j)]
-        _add_digits(cur, radix, digits, False, block, 0)
-    else:
-        packed64 = packed.view(np.uint64)
-        part_digits, part = 0, U64(1)  # as many digits as fit 32 bits are split off at a time
-        while part * U64(radix) <= U64(0x100000000):
-            part *= U64(radix)
-            part_digits += 1
-        rest = np.zeros(GROUP, np.uint64)
-        for j in range(width):
-            rest[j] = packed64[U64(word) + U64(j)]
-        done = 0
-        while done < digits:
-            count = min(part_digits, digits - done)
-            for j in range(GROUP):
-                quotient = rest[j] // part
-                cur[j] = U32(rest[j] - quotient * part)
-                rest[j] = quotient
-            _add_digits(cur, radix, count, False, block, done)
-            done += count
+@_jit("UniTuple(int64, 2)(int64, int64)")
+def _largest_power(radix, bound):
+    """The largest power of radix that is at most `bound`, and its exponent."""
+    power, exponent = 1, 0
+    while power * radix <= bound:
+        power *= radix
+        exponent += 1
+    return power, exponent
 
 
-@_jit("void(uint8[:, ::1], int64, int64, int32, int64, int64, int64, uint32[::1], int32[::1])")
-def _sum_block(rows, word, width, low, radix, digits, word_bytes, cur, block):
+@_jit("void(uint8[:, ::1], int64, int64, int32, int64, int64, int64, uint32[::1], uint64[::1], int32[::1])")
+def _sum_block(rows, word, width, low, radix, digits, word_bytes, cur, wide, block):
     """The sum over rows of the codes in the words at `word`, dense in `block`."""
     bias = I32(low * I32(rows.shape[0]))
-    for i in range(digits * GROUP):
-        block[i] = bias
+    # Words beyond 16 bits are divided into parts below 2^31 (64-bit integers), those into parts below 2^21 (float64).
+    part, part_digits = _largest_power(radix, 1 << 31)
+    short, short_digits = _largest_power(radix, 1 << 21)
+    rest = wide[GROUP:].view(np.uint32)
+    inverse, half, size = F64(1.0) / F64(short), F64(0.5), U32(short)
     for r in range(rows.shape[0]):
-        _add_block(rows[r], word, width, radix, digits, word_bytes, cur, block)
+        if word_bytes == 1:
+            if width == GROUP:
+                for j in range(GROUP):
+                    cur[j] = U32(rows[U64(r), U64(word) + U64(j)])
+            else:
+                for j in range(width):
+                    cur[j] = U32(rows[U64(r), U64(word) + U64(j)])
+            _peel(cur, radix, digits, r == 0, bias, block, 0)
+        elif word_bytes == 2:
+            packed16 = rows[r].view(np.uint16)
+            for j in range(width):
+                cur[j] = U32(packed16[U64(word) + U64(j)])
+            _peel(cur, radix, digits, r == 0, bias, block, 0)
+        else:
+            if word_bytes == 4:
+                packed32 = rows[r].view(np.uint32)
+                for j in range(width):
+                    wide[j] = U64(packed32[U64(word) + U64(j)])
+            else:
+                packed64 = rows[r].view(np.uint64)
+                for j in range(width):
+                    wide[j] = packed64[U64(word) + U64(j)]
+            done = 0
+            while done < digits:
+                if digits - done > part_digits:
+                    for j in range(GROUP):
+                        quotient = wide[j] // U64(part)
+                        rest[j] = U32(wide[j] - quotient * U64(part))
+                        wide[j] = quotient
+                else:
+                    for j in range(GROUP):
+                        rest[j] = U32(wide[j])
+                stop = min(done + part_digits, digits)
+                while done < stop:
+                    count = min(short_digits, stop - done)
+                    for j in range(GROUP):
+                        quotient32 = U32(I32((F64(I32(rest[j])) + half) * inverse))
+                        cur[j] = U32(rest[j] - U32(quotient32 * size))
+                        rest[j] = quotient32
+                    _peel(cur, radix, count, r == 0, bias, block, done)
+                    done += count
     if width < GROUP:
         _squeeze(block, width, digits)
 
@@ -235,6 +263,7 @@ def pack(codes, low, radix, digits, word_bytes, out):
     """Codes (m,) in [low, low + radix) -> planar base-radix words; see :mod:`terncomm.wire`."""
     length = len(codes)
     block = np.empty(digits * GROUP, np.int32)
+    wide = np.empty(GROUP, np.uint64)
     begin = 0
     while begin < length:
         width = _plane_width(length, begin, digits)
@@ -246,7 +275,7 @@ def pack(codes, low, radix, digits, word_bytes, out):
             block[i] = I32(-low)
         if width < GROUP:
             _spread(block, width, digits)
-        _store_block(block, width, radix, digits, word_bytes, out, begin // digits)
+        _store_block(block, wide, width, radix, digits, word_bytes, out, begin // digits)
         begin += size
 
 
@@ -256,6 +285,7 @@ def encode_pack(
 ):
     """`pack` of the codes of dense elements [begin, end), padded with the code 0 to `length`."""
     block = np.empty(digits * GROUP, np.int32)
+    wide = np.empty(GROUP, np.uint64)
     s = _find(starts, begin)
     done = 0
     while done < length:
@@ -286,7 +316,7 @@ def encode_pack(
             block[i] = I32(-low)
         if width < GROUP:
             _spread(block, width, digits)
-        _store_block(block, width, radix, digits, word_bytes, out, done // digits)
+        _store_block(block, wide, width, radix, digits, word_bytes, out, done // digits)
         done += size
 
 
@@ -295,17 +325,17 @@ def unpack_sum(rows, low, radix, digits, word_bytes, out):
     """Packed rows (R, k) -> the sum over rows of their codes, (m,)."""
     length = len(out)
     block = np.empty(digits * GROUP, np.int32)
-    cur = np.zeros(GROUP, np.uint32)
+    cur, wide = np.zeros(GROUP, np.uint32), np.zeros(2 * GROUP, np.uint64)
     begin = 0
     while begin < length:
         width = _plane_width(length, begin, digits)
-        _sum_block(rows, begin // digits, width, low, radix, digits, word_bytes, cur, block)
+        _sum_block(rows, begin // digits, width, low, radix, digits, word_bytes, cur, wide, block)
         for i in range(min(length - begin, digits * width)):
             out[U64(begin) + U64(i)] = block[i]
         begin += digits * width
 
 
-@_jit("void(int32[::1], int64[::1], int64[::1], float64[::1], int64, int64, int64, float32[::1])")
+@_jit("void(int32[::1], int64[::1], int64[::1], float32[:, ::1], int64, int64, int64, float32[::1])", inline="always")
 def _scale_out(totals, offsets, starts, unit, s, begin, end, out):
     """Out = float32(total * unit) for dense elements [begin, end); totals[0] is element `begin`, in segment >= s."""
     position = begin
@@ -313,17 +343,20 @@ def _scale_out(totals, offsets, starts, unit, s, begin, end, out):
         while starts[s + 1] <= position:
             s += 1
         count = min(end, starts[s + 1]) - position
-        at, source, factor = offsets[s] + position - starts[s], position - begin, unit[s]
+        at, source = offsets[s] + position - starts[s], position - begin
+        high, low = unit[0, s], unit[1, s]
         whole = count - count % GROUP
         for i in range(0, whole, GROUP):
             for j in range(GROUP):
-                out[U64(at + i) + U64(j)] = F32(F64(totals[U64(source + i) + U64(j)]) * factor)
+                total = F32(totals[U64(source + i) + U64(j)])
+                out[U64(at + i) + U64(j)] = total * high + total * low
         for i in range(whole, count):
-            out[at + i] = F32(F64(totals[source + i]) * factor)
+            total = F32(totals[source + i])
+            out[at + i] = total * high + total * low
         position += count
 
 
-@_jit("void(int32[::1], int64[::1], int64[::1], float64[::1], int64, int64, float32[::1])")
+@_jit("void(int32[::1], int64[::1], int64[::1], float32[:, ::1], int64, int64, float32[::1])")
 def decode(totals, offsets, starts, unit, begin, end, out):
     """Totals of dense elements [begin, end) -> their places in the flat buffer, times their segment's unit."""
     if begin < end:
@@ -331,22 +364,56 @@ def decode(totals, offsets, starts, unit, begin, end, out):
 
 
 @_jit(
-    "void(uint8[:, ::1], int32, int64, int64, int64, int64[::1], int64[::1], float64[::1],"
+    "void(uint8[:, ::1], int64, int32, int64, int64, uint32[::1], float32, float32, uint64, float32[::1])",
+    inline="always",
+)
+def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, at, out):
+    """A whole block of one row, five short digits a word, inside one segment: unpacked and decoded in one pass."""
+    if word_bytes == 1:
+        for j in range(GROUP):
+            cur[j] = U32(rows[0, U64(word) + U64(j)])
+    else:
+        packed16 = rows[0].view(np.uint16)
+        for j in range(GROUP):
+            cur[j] = U32(packed16[U64(word) + U64(j)])
+    base, bias, inverse, half = F32(radix), F32(low), F32(1.0) / F32(radix), F32(0.5)
+    for j in range(GROUP):
+        x0 = F32(I32(cur[j]))  # all integers here are below 2^16: float32 holds them and their products exactly
+        x1 = F32(I32((x0 + half) * inverse))
+        x2 = F32(I32((x1 + half) * inverse))
+        x3 = F32(I32((x2 + half) * inverse))
+        x4 = F32(I32((x3 + half) * inverse))
+        t0, t1, t2, t3 = x0 - x1 * base + bias, x1 - x2 * base + bias, x2 - x3 * base + bias, x3 - x4 * base + bias
+        t4 = x4 + bias
+        out[at + U64(j)] = t0 * high + t0 * rest
+        out[at + U64(64 + j)] = t1 * high + t1 * rest
+        out[at + U64(128 + j)] = t2 * high + t2 * rest
+        out[at + U64(192 + j)] = t3 * high + t3 * rest
+        out[at + U64(256 + j)] = t4 * high + t4 * rest
+
+
+@_jit(
+    "void(uint8[:, ::1], int32, int64, int64, int64, int64[::1], int64[::1], float32[:, ::1],"
     "int64, int64, int64, float32[::1])"
 )
 def unpack_decode(rows, low, radix, digits, word_bytes, offsets, starts, unit, begin, end, length, out):
     """`decode` of `unpack_sum`, a block at a time; the rows hold `length` codes each, from dense element `begin`."""
     block = np.empty(digits * GROUP, np.int32)
-    cur = np.zeros(GROUP, np.uint32)
+    cur, wide = np.zeros(GROUP, np.uint32), np.zeros(2 * GROUP, np.uint64)
+    five = rows.shape[0] == 1 and digits == 5 and word_bytes <= 2
     s = _find(starts, begin)
     done = 0
     while begin + done < end:
         width = _plane_width(length, done, digits)
-        _sum_block(rows, done // digits, width, low, radix, digits, word_bytes, cur, block)
         stop = min(begin + done + digits * width, end)
         while starts[s + 1] <= begin + done:
             s += 1
-        _scale_out(block, offsets, starts, unit, s, begin + done, stop, out)
+        if five and width == GROUP and stop <= starts[s + 1] and stop - begin - done == 5 * GROUP:
+            at = U64(offsets[s] + begin + done - starts[s])
+            _decode_five(rows, done // digits, low, radix, word_bytes, cur, unit[0, s], unit[1, s], at, out)
+        else:
+            _sum_block(rows, done // digits, width, low, radix, digits, word_bytes, cur, wide, block)
+            _scale_out(block, offsets, starts, unit, s, begin + done, stop, out)
         done += digits * width
 
 

@@ -128,14 +128,27 @@ def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tenso
     return torch.where(x < 0, -code, code).to(torch.int8)
 
 
-def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: int, out: torch.Tensor) -> None:
-    """Integer totals of dense elements [begin, begin + len(totals)) -> out, float32(total * unit of its segment).
+def split_unit(unit: torch.Tensor) -> torch.Tensor:
+    """(L,) float64 -> (2, L) float32: the leading 12 bits of each number, and the rest.
 
-    unit: (L,) float64. The product is formed in float64 and rounded once.
+    A total below 2^12 times the leading part is exact, and the rest corrects it: `decode` is then the exact product
+    rounded once, without arithmetic in float64. Not finite stays so.
+    """
+    high = (unit.to(torch.float32).view(torch.int32) & -(1 << 12)).view(torch.float32)
+    low = torch.where(torch.isfinite(high), unit - high.double(), 0.0).to(torch.float32)
+    return torch.stack([high, low])
+
+
+def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: int, out: torch.Tensor) -> None:
+    """Integer totals of dense elements [begin, begin + len(totals)) -> out, total * unit of its segment.
+
+    unit: (2, L) float32, from `split_unit`.
     """
     segment, place, _ = _index(segments, out.device)
     here = slice(begin, begin + len(totals))
-    out[place[here]] = (totals.double() * unit.to(out.device)[segment[here]]).to(torch.float32)
+    high, low = unit[:, segment[here]]
+    total = totals.to(torch.float32)
+    out[place[here]] = total * high + total * low
 
 
 def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:
