@@ -27,11 +27,14 @@ _S23, _S24 = I32(23), I32(24)
 _ZERO = F32(0)
 
 
-def _jit(signature, **options):
-    return numba.njit(signature, nogil=True, cache=True, error_model="numpy", boundscheck=False, **options)
+def _jit(signature):
+    return numba.njit(signature, nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 
-@_jit("uint32(uint32, uint32, uint32)", inline="never")
+_inline = numba.njit(inline="always", nogil=True, error_model="numpy", boundscheck=False)
+
+
+@_inline
 def _noise(counter, key0, key1):
     """24 random bits. Every operation is cast back: Numba widens uint32 arithmetic to 64 bits."""
     x = U32(counter + key0)
@@ -41,7 +44,7 @@ def _noise(counter, key0, key1):
     return U32(U32(x ^ U32(x >> _S15)) >> _S8)
 
 
-@_jit("int32(float32, float32, float32, float32, int32, uint32, uint32, uint32)", inline="never")
+@_inline
 def _round(value, limit, lift, scale, top, counter, key0, key1):
     """One code: |value| clamped, scaled to 24 fractional bits, plus 24 random bits, floor, sign restored."""
     magnitude = abs(value)
@@ -94,7 +97,7 @@ def encode_bytes(flat, offsets, starts, bases, limit, lift, scale, keys, top, be
         position = stop
 
 
-@_jit("int64(int64, int64, int64)", inline="never")
+@_inline
 def _plane_width(length, begin, digits):
     """Columns of the block at `begin`: GROUP, or just enough for what is left."""
     rest = length - begin
@@ -117,7 +120,7 @@ def _squeeze(block, width, digits):
             block[k * width + j] = block[k * GROUP + j]
 
 
-@_jit("void(int32[::1], uint64[::1], int64, int64, int64, int64, uint8[::1], int64)", inline="always")
+@_inline
 def _store_block(block, wide, width, radix, digits, word_bytes, out, word):
     """A block of digits -> the words `word`, `word + 1`, ...: word j = sum over k of block[k * GROUP + j] * radix^k."""
     if word_bytes == 1 and digits == 5 and width == GROUP:  # ternary codes, the layout of the hot path
@@ -164,7 +167,7 @@ def _store_block(block, wide, width, radix, digits, word_bytes, out, word):
             out64[U64(word) + U64(j)] = wide[j]
 
 
-@_jit("void(uint32[::1], int64, int64, bool_, int32, int32[::1], int64)", inline="always")
+@_inline
 def _peel(cur, radix, digits, first, bias, block, plane):
     """Base-radix digits of GROUP numbers below 2^21, added to the planes `plane`, `plane + 1`, ... of `block`.
 
@@ -335,7 +338,7 @@ def unpack_sum(rows, low, radix, digits, word_bytes, out):
         begin += digits * width
 
 
-@_jit("void(int32[::1], int64[::1], int64[::1], float32[:, ::1], int64, int64, int64, float32[::1])", inline="always")
+@_inline
 def _scale_out(totals, offsets, starts, unit, s, begin, end, out):
     """Out = float32(total * unit) for dense elements [begin, end); totals[0] is element `begin`, in segment >= s."""
     position = begin
@@ -363,10 +366,7 @@ def decode(totals, offsets, starts, unit, begin, end, out):
         _scale_out(totals, offsets, starts, unit, _find(starts, begin), begin, end, out)
 
 
-@_jit(
-    "void(uint8[:, ::1], int64, int32, int64, int64, uint32[::1], float32, float32, uint64, float32[::1])",
-    inline="always",
-)
+@_inline
 def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, at, out):
     """A whole block of one row, five short digits a word, inside one segment: unpacked and decoded in one pass."""
     if word_bytes == 1:
