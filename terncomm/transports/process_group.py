@@ -32,6 +32,7 @@ class ProcessGroupTransport:
         """See :class:`terncomm.transports.base.Transport`."""
         if self.world_size == 1 or rows.numel() == 0:
             return rows.clone()
+        rows = rows.contiguous()
         out = torch.empty_like(rows)
-        dist.all_to_all_single(out, rows.contiguous(), group=self._group)
+        dist.all_to_all_single(out, rows, group=self._group)
         return out
