@@ -1,0 +1,80 @@
+"""A process group as a transport, against threads of one process."""
+
+from itertools import chain
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from terncomm import Int8, Ternary
+from terncomm.keys import Key
+from terncomm.reduce import all_reduce_mean
+from terncomm.segments import Segments
+from terncomm.transports import LocalTransport, Metered, ProcessGroupTransport
+
+SIZES = (0, 1, 2, 7, 255, 1001)
+WORLDS = (2, 3, 4)
+LAYERS = (1500, 1, 0, 333, 4099)
+EXACT = 77
+
+
+def payload(rank, size, rows=None):
+    generator = torch.Generator().manual_seed(1000 * size + rank)
+    shape = (size,) if rows is None else (rows, size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def collectives(transport):
+    """Rows of both collectives at every size, and of a payload that is not contiguous."""
+    rank, world_size = transport.rank, transport.world_size
+    gathered = [transport.all_gather(payload(rank, size)) for size in SIZES]
+    gathered.append(transport.all_gather(payload(rank, 10)[::2]))
+    swapped = [transport.all_to_all(payload(rank, size, world_size)) for size in SIZES]
+    swapped.append(transport.all_to_all(payload(rank, world_size, 5).T))
+    return gathered, swapped
+
+
+def mean(transport, codec, exchange):
+    generator = torch.Generator().manual_seed(transport.rank)
+    flat = torch.randn(sum(LAYERS) + EXACT, generator=generator)
+    exact = Segments([EXACT], offsets=[sum(LAYERS)])
+    transport = Metered(transport)
+    all_reduce_mean(flat, Segments(LAYERS), codec, transport, key=Key(7, 3), exchange=exchange, exact=exact)
+    return flat, transport.sent_bytes
+
+
+def over_gloo(function, *args):
+    return function(ProcessGroupTransport(dist.group.WORLD), *args)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_same_rows_as_threads(on_ranks, world_size):
+    there = on_ranks(world_size, over_gloo, collectives)
+    here = LocalTransport.run(world_size, collectives)
+    for rank in range(world_size):
+        for rows, expected in zip(chain(*there[rank]), chain(*here[rank]), strict=True):
+            assert rows.dtype == torch.uint8
+            assert rows.shape == expected.shape
+            assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_rows_come_in_rank_order(on_ranks, world_size):
+    for rank, (gathered, swapped) in enumerate(on_ranks(world_size, over_gloo, collectives)):
+        for size, rows, columns in zip(SIZES, gathered, swapped, strict=False):
+            for other in range(world_size):
+                assert torch.equal(rows[other], payload(other, size))
+                assert torch.equal(columns[other], payload(other, size, world_size)[rank])
+
+
+@pytest.mark.parametrize("codec", [Ternary(), Int8()], ids=["ternary", "int8"])
+@pytest.mark.parametrize("exchange", ["gather", "two_phase"])
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_mean_is_bit_equal_to_threads(on_ranks, world_size, exchange, codec):
+    there = on_ranks(world_size, over_gloo, mean, codec, exchange)
+    here = LocalTransport.run(world_size, lambda transport: mean(transport, codec, exchange))
+    for (flat, sent), (expected, expected_sent) in zip(there, here, strict=True):
+        assert torch.equal(flat, expected)
+        assert torch.equal(flat, here[0][0])
+        assert sent == expected_sent > 0
