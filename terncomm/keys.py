@@ -4,8 +4,9 @@ Rounding noise is a pure function of its key and of the element's index inside i
 generator, so there is nothing to seed, to save or to disturb: neither PyTorch's global state nor ours.
 
 Keys are derived with the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number
-Generators", OOPSLA 2014). The stream itself is lowbias32 (Wellons, "Prospecting for Hash Functions", 2018; constants
-0x21f0aaad, 0x735a2d97) with the two halves of the key mixed in before each of its two rounds; see `noise` in
+Generators", OOPSLA 2014). The stream itself is built as SplitMix is, a Weyl sequence through a mixer, in 32 bits: the
+golden-ratio increment 0x9e3779b9 and lowbias32 (Wellons, "Prospecting for Hash Functions", 2018; constants 0x21f0aaad,
+0x735a2d97), one half of the key added before its first round, the other mixed in before its second; see `noise` in
 `terncomm.ops.reference`.
 """
 

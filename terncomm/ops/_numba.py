@@ -19,6 +19,7 @@ I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
 GROUP = 64  # columns of a planar block, and lanes of a float sum
 CHUNK = 4096  # elements summed in float32 before float64 takes over
 
+_GOLDEN = U32(0x9E3779B9)
 _C1, _C2 = U32(0x21F0AAAD), U32(0x735A2D97)
 _S8, _S15, _S16 = U32(8), U32(15), U32(16)
 _SIGN_OFF = I32(0x7FFFFFFF)
@@ -37,7 +38,7 @@ _inline = numba.njit(inline="always", nogil=True, error_model="numpy", boundsche
 @_inline
 def _noise(counter, key0, key1):
     """24 random bits. Every operation is cast back: Numba widens uint32 arithmetic to 64 bits."""
-    x = U32(counter + key0)
+    x = U32(U32(counter * _GOLDEN) + key0)
     x = U32(U32(x ^ U32(x >> _S16)) * _C1)
     x = U32(x ^ key1)
     x = U32(U32(x ^ U32(x >> _S15)) * _C2)

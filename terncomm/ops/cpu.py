@@ -23,9 +23,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="terncomm-ops")
 
 
-def _in_pieces(work: Callable[[int, int], None], count: int, unit: int, piece: int = _PIECE) -> None:
-    """Call work(begin, end) over [0, count), cut at multiples of `unit`, in torch's number of threads."""
-    threads = min(torch.get_num_threads(), count // piece)
+def _in_pieces(work: Callable[[int, int], None], count: int, unit: int, elements: int = 1) -> None:
+    """Call work(begin, end) over `count` items of `elements` each, cut at multiples of `unit`, in torch's threads."""
+    threads = min(torch.get_num_threads(), count * elements // _PIECE)
     if threads <= 1:
         work(0, count)
         return
@@ -47,12 +47,9 @@ def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.peaks`."""
     out = torch.empty(len(segments), dtype=torch.int32)
     bits, offsets, sizes, target = flat.view(torch.int32).numpy(), *_rows(segments), out.numpy()
-    longest = max(1, segments.numel // max(len(segments), 1))
+    mean_size = segments.numel // max(len(segments), 1)
     _in_pieces(
-        lambda begin, end: kernels.peaks(bits, offsets, sizes, begin, end, target),
-        len(segments),
-        1,
-        max(1, _PIECE // longest),
+        lambda begin, end: kernels.peaks(bits, offsets, sizes, begin, end, target), len(segments), 1, mean_size
     )
     return out.view(torch.float32)
 
@@ -74,7 +71,7 @@ def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch
         lambda begin, end: kernels.chunk_moments(bits, values, begins, sizes, begin, end, tops, sums, squares),
         len(chunks),
         1,
-        _PIECE // kernels.CHUNK,
+        kernels.CHUNK,
     )
     peak = torch.empty(len(segments), dtype=torch.int32)
     total, square = torch.empty(len(segments), dtype=torch.float64), torch.empty(len(segments), dtype=torch.float64)

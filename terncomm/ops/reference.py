@@ -106,8 +106,12 @@ def rounding(local: torch.Tensor, shared: torch.Tensor, keys: torch.Tensor, leve
 
 
 def noise(counter: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:
-    """Counters and key words, int64 in [0, 2^32) -> 24 uniform random bits each, int64."""
-    x = (counter + key0) & _MASK
+    """Counters and key words, int64 in [0, 2^32) -> 24 uniform random bits each, int64.
+
+    A Weyl sequence through lowbias32, the other half of the key mixed in between its two rounds. Without the sequence,
+    on bare counters, elements 4096 and 16384 apart come out correlated (measured: 5 standard errors in 2^18).
+    """
+    x = (counter * 0x9E3779B9 + key0) & _MASK
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
     x = x ^ key1
     x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
