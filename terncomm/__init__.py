@@ -2,6 +2,6 @@
 
 from terncomm.codecs import Codec, Int8, Ternary
 from terncomm.hooks import CommState, comm_hook, register
+from terncomm.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["Codec", "CommState", "Int8", "Ternary", "__version__", "comm_hook", "register"]

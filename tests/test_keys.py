@@ -66,4 +66,6 @@ def test_a_seed_that_is_not_an_int_is_refused(bad):
 
 def test_the_bucket_is_not_part_of_the_noise():
     layers = torch.arange(3)
-    assert torch.equal(Key(1, 2, 3).streams(layers, rank=0, world_size=2), Key(1, 2).streams(layers, rank=0, world_size=2))
+    assert torch.equal(
+        Key(1, 2, 3).streams(layers, rank=0, world_size=2), Key(1, 2).streams(layers, rank=0, world_size=2)
+    )

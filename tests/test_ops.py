@@ -151,7 +151,7 @@ def test_the_largest_magnitude_always_takes_the_largest_code():
 
 
 def test_decode_rounds_once():
-    """total * scale / (levels W) correctly rounded: an exact mean comes out exact, whatever W."""
+    """Total * scale / (levels W) correctly rounded: an exact mean comes out exact, whatever W."""
     for world_size in range(1, 10):
         scale = gaussian(64, seed=world_size).abs() + 1e-3
         layers = Segments([2 * world_size + 1] * 64)

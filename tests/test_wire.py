@@ -4,7 +4,19 @@ import torch
 from terncomm.ops import pack, unpack_sum
 from terncomm.wire import packing_for
 
-ALPHABETS = [(-1, 1), (-2, 2), (-3, 3), (-4, 4), (-5, 5), (-6, 6), (-8, 8), (-9, 9), (-16, 16), (-127, 127), (-508, 508)]
+ALPHABETS = [
+    (-1, 1),
+    (-2, 2),
+    (-3, 3),
+    (-4, 4),
+    (-5, 5),
+    (-6, 6),
+    (-8, 8),
+    (-9, 9),
+    (-16, 16),
+    (-127, 127),
+    (-508, 508),
+]
 
 
 def codes_of(alphabet: tuple[int, int], n: int, seed: int = 0) -> torch.Tensor:
@@ -27,7 +39,8 @@ def test_round_trip_of_every_length(alphabet):
 def test_words_are_the_tightest():
     layout = {W: (packing_for(-W, W).digits, packing_for(-W, W).word_bytes) for W in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16)}
     assert layout == {
-        1: (5, 1), 2: (27, 8), 3: (11, 4), 4: (5, 2), 5: (9, 4), 6: (17, 8), 7: (2, 1), 8: (15, 8), 9: (15, 8), 16: (3, 2),
+        1: (5, 1), 2: (27, 8), 3: (11, 4), 4: (5, 2), 5: (9, 4), 6: (17, 8), 7: (2, 1), 8: (15, 8), 9: (15, 8),
+        16: (3, 2),
     }  # fmt: skip
     assert packing_for(-127, 127)[2:] == (1, 1)
     for high in range(1, 400):

@@ -81,9 +81,9 @@ class Codec(ABC):
         return ops.encode(flat, segments, how)
 
     def unit(self, shared: torch.Tensor, world_size: int) -> torch.Tensor:
-        """(L,) float32 shared scales -> (2, L) float32: the mean gradient that one unit of the sum stands for.
+        """(L,) float32 shared scales -> (3, L) float32: the mean gradient that one unit of the sum stands for.
 
-        In two parts, see :func:`terncomm.ops.reference.split_unit`.
+        In parts, see :func:`terncomm.ops.reference.split_unit`.
         """
         return ops.split_unit(shared.double() / (self.levels * world_size))
 

@@ -22,6 +22,7 @@ from terncomm.keys import Key
 from terncomm.reduce import Clock, all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.transports import Metered, ProcessGroupTransport
+from terncomm.version import __version__
 
 _log = logging.getLogger("terncomm")
 
@@ -165,8 +166,6 @@ class CommState:
         # Synchronized among these ranks only: a sub-group must not need the rest of the world.
         own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
         transport = Metered(ProcessGroupTransport(own))
-        from terncomm import __version__
-
         layers = [(name, self.codes(p)) for name, p in zip(self._names, self._numbers, strict=True)]
         agree_on(
             {

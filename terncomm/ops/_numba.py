@@ -348,15 +348,15 @@ def _scale_out(totals, offsets, starts, unit, s, begin, end, out):
             s += 1
         count = min(end, starts[s + 1]) - position
         at, source = offsets[s] + position - starts[s], position - begin
-        high, low = unit[0, s], unit[1, s]
+        high, low, drop = unit[0, s], unit[1, s], unit[2, s]
         whole = count - count % GROUP
         for i in range(0, whole, GROUP):
             for j in range(GROUP):
                 total = F32(totals[U64(source + i) + U64(j)])
-                out[U64(at + i) + U64(j)] = total * high + total * low
+                out[U64(at + i) + U64(j)] = (total * high + total * low) * drop
         for i in range(whole, count):
             total = F32(totals[source + i])
-            out[at + i] = total * high + total * low
+            out[at + i] = (total * high + total * low) * drop
         position += count
 
 
@@ -368,7 +368,7 @@ def decode(totals, offsets, starts, unit, begin, end, out):
 
 
 @_inline
-def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, at, out):
+def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, drop, at, out):
     """A whole block of one row, five short digits a word, inside one segment: unpacked and decoded in one pass."""
     if word_bytes == 1:
         for j in range(GROUP):
@@ -386,11 +386,11 @@ def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, at, out):
         x4 = F32(I32((x3 + half) * inverse))
         t0, t1, t2, t3 = x0 - x1 * base + bias, x1 - x2 * base + bias, x2 - x3 * base + bias, x3 - x4 * base + bias
         t4 = x4 + bias
-        out[at + U64(j)] = t0 * high + t0 * rest
-        out[at + U64(64 + j)] = t1 * high + t1 * rest
-        out[at + U64(128 + j)] = t2 * high + t2 * rest
-        out[at + U64(192 + j)] = t3 * high + t3 * rest
-        out[at + U64(256 + j)] = t4 * high + t4 * rest
+        out[at + U64(j)] = (t0 * high + t0 * rest) * drop
+        out[at + U64(64 + j)] = (t1 * high + t1 * rest) * drop
+        out[at + U64(128 + j)] = (t2 * high + t2 * rest) * drop
+        out[at + U64(192 + j)] = (t3 * high + t3 * rest) * drop
+        out[at + U64(256 + j)] = (t4 * high + t4 * rest) * drop
 
 
 @_jit(
@@ -411,7 +411,7 @@ def unpack_decode(rows, low, radix, digits, word_bytes, offsets, starts, unit, b
             s += 1
         if five and width == GROUP and stop <= starts[s + 1] and stop - begin - done == 5 * GROUP:
             at = U64(offsets[s] + begin + done - starts[s])
-            _decode_five(rows, done // digits, low, radix, word_bytes, cur, unit[0, s], unit[1, s], at, out)
+            _decode_five(rows, done // digits, low, radix, word_bytes, cur, unit[0, s], unit[1, s], unit[2, s], at, out)
         else:
             _sum_block(rows, done // digits, width, low, radix, digits, word_bytes, cur, wide, block)
             _scale_out(block, offsets, starts, unit, s, begin + done, stop, out)

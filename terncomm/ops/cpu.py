@@ -48,9 +48,7 @@ def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
     out = torch.empty(len(segments), dtype=torch.int32)
     bits, offsets, sizes, target = flat.view(torch.int32).numpy(), *_rows(segments), out.numpy()
     mean_size = segments.numel // max(len(segments), 1)
-    _in_pieces(
-        lambda begin, end: kernels.peaks(bits, offsets, sizes, begin, end, target), len(segments), 1, mean_size
-    )
+    _in_pieces(lambda begin, end: kernels.peaks(bits, offsets, sizes, begin, end, target), len(segments), 1, mean_size)
     return out.view(torch.float32)
 
 

@@ -12,7 +12,7 @@ GROUP = 64  # columns of a planar block, and lanes of a float sum
 CHUNK = 4096  # elements summed in float32 before float64 takes over
 _MASK = 0xFFFFFFFF
 _FRACTION = 24  # random bits, and fractional bits of the fixed-point magnitude
-_TINY = 2.0**-96  # below this, levels * 2^24 / scale would overflow float32
+_TINY = 2.0**-96  # levels * 2^24 divided by less would overflow float32
 
 
 def _index(segments: Segments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -133,26 +133,29 @@ def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tenso
 
 
 def split_unit(unit: torch.Tensor) -> torch.Tensor:
-    """(L,) float64 -> (2, L) float32: the leading 12 bits of each number, and the rest.
+    """(L,) float64 -> (3, L) float32: the leading 12 bits of each number, the rest, and what to multiply with at last.
 
     A total below 2^12 times the leading part is exact, and the rest corrects it: `decode` is then the exact product
-    rounded once, without arithmetic in float64. Not finite stays so.
+    rounded once, without arithmetic in float64. Units so small that their parts would underflow are taken 2^100 times
+    as large, and the last factor takes that back. Not finite stays so.
     """
-    high = (unit.to(torch.float32).view(torch.int32) & -(1 << 12)).view(torch.float32)
-    low = torch.where(torch.isfinite(high), unit - high.double(), 0.0).to(torch.float32)
-    return torch.stack([high, low])
+    drop = torch.where(unit < _TINY, 2.0**-100, 1.0).to(torch.float32)
+    lifted = unit / drop
+    high = (lifted.to(torch.float32).view(torch.int32) & -(1 << 12)).view(torch.float32)
+    low = torch.where(torch.isfinite(high), lifted - high.double(), 0.0).to(torch.float32)
+    return torch.stack([high, low, drop])
 
 
 def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: int, out: torch.Tensor) -> None:
     """Integer totals of dense elements [begin, begin + len(totals)) -> out, total * unit of its segment.
 
-    unit: (2, L) float32, from `split_unit`.
+    unit: (3, L) float32, from `split_unit`.
     """
     segment, place, _ = _index(segments, out.device)
     here = slice(begin, begin + len(totals))
-    high, low = unit[:, segment[here]]
+    high, low, drop = unit[:, segment[here]]
     total = totals.to(torch.float32)
-    out[place[here]] = total * high + total * low
+    out[place[here]] = (total * high + total * low) * drop
 
 
 def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:

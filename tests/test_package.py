@@ -1,0 +1,83 @@
+"""What the package promises about itself: its names, its imports, its layers."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import terncomm
+
+ROOT = Path(terncomm.__file__).parent
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "terncomm."))
+
+# Who may import whom, beside itself. Numba only inside its own file.
+ALLOWED = {
+    "segments": set(),
+    "keys": set(),
+    "ops": {"segments"},
+    "wire": {"ops"},
+    "codecs": {"ops", "segments", "keys"},
+    "transports": set(),
+    "exchange": {"wire", "ops", "segments", "codecs.base", "transports.base"},
+    "reduce": {"exchange", "ops", "codecs.base", "segments", "keys", "transports.base"},
+    "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "transports", "version"},
+    "version": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_every_module_imports():
+    for name in MODULES:
+        importlib.import_module(name)
+    assert len(MODULES) > 15
+
+
+def test_import_directions():
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imports(path):
+            if not name.startswith("terncomm."):
+                continue
+            target = name.removeprefix("terncomm.")
+            allowed = ALLOWED[room] | {room}
+            if target.split(".")[0] in {rule.split(".")[0] for rule in allowed}:
+                exact = {rule for rule in allowed if rule.startswith(target.split(".")[0])}
+                ok = any(target == rule or target.startswith(rule + ".") or rule.startswith(target) for rule in exact)
+                assert ok, f"{path.relative_to(ROOT)} imports {name}"
+            else:
+                raise AssertionError(f"{path.relative_to(ROOT)} imports {name}")
+
+
+@pytest.mark.parametrize("heavy", ["numba", "triton", "mpi4py", "horovod", "matplotlib", "sklearn"])
+def test_import_terncomm_loads_torch_and_nothing_heavier(heavy):
+    code = f"import sys, terncomm; sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_public_names():
+    assert sorted(terncomm.__all__) == ["Codec", "CommState", "Int8", "Ternary", "__version__", "comm_hook", "register"]
+    for name in terncomm.__all__:
+        thing = getattr(terncomm, name)
+        assert name == "__version__" or thing.__doc__, name
+
+
+def test_the_hook_takes_what_ddp_demands():
+    """DDP refuses an annotated hook in a module with postponed annotations, and an argument of another name."""
+    assert list(terncomm.comm_hook.__annotations__)[1] == "bucket"
+    for path in (ROOT / "hooks").glob("*.py"):
+        assert "from __future__ import annotations" not in path.read_text()

@@ -1,0 +1,83 @@
+"""The conformance of a transport. `test_process_group.py` holds ProcessGroupTransport to the same results."""
+
+import pytest
+import torch
+
+from terncomm.transports import LocalTransport, Metered, RankFailed
+
+
+def octets(rank: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(rank), dtype=torch.uint8)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("wrap", [lambda t: t, Metered], ids=["plain", "metered"])
+@pytest.mark.parametrize("world_size", range(1, 10))
+def test_rows_arrive_in_rank_order(world_size, wrap):
+    for k in (0, 1, 7, 1000):
+
+        def work(transport, k=k):
+            transport = wrap(transport)
+            rank = transport.rank
+            gathered = transport.all_gather(octets(rank, k))
+            swapped = transport.all_to_all(octets(rank, world_size, k))
+            return gathered, swapped
+
+        for rank, (gathered, swapped) in enumerate(LocalTransport.run(world_size, work)):
+            assert torch.equal(gathered, torch.stack([octets(r, k) for r in range(world_size)]))
+            assert torch.equal(swapped, torch.stack([octets(r, world_size, k)[rank] for r in range(world_size)]))
+
+
+def test_metered_counts_what_goes_to_others():
+    def work(transport):
+        metered = Metered(transport)
+        metered.all_gather(octets(0, 10))
+        metered.all_to_all(octets(0, 4, 7))
+        return metered.sent_bytes, metered.calls
+
+    assert LocalTransport.run(4, work) == [(3 * 10 + 3 * 7, 2)] * 4
+
+
+def test_a_received_tensor_is_ones_own():
+    def work(transport):
+        mine = octets(transport.rank, 5)
+        for _ in range(50):
+            received = transport.all_gather(mine)
+            received.zero_()
+        return mine
+
+    results = LocalTransport.run(3, work)
+    assert all(torch.equal(result, octets(rank, 5)) for rank, result in enumerate(results))
+
+
+def test_a_rank_that_raises_ends_all_with_its_error():
+    seen = []
+
+    def work(transport):
+        if transport.rank == 1:
+            raise KeyError("rank 1 broke")
+        try:
+            transport.all_gather(octets(0, 3))
+        except RankFailed as error:
+            seen.append(str(error))
+            raise
+
+    with pytest.raises(KeyError, match="rank 1 broke"):
+        LocalTransport.run(3, work)
+    assert len(seen) == 2
+    assert all("rank 1 broke" in message for message in seen)
+
+
+def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_timeout():
+    with pytest.raises(TimeoutError, match=r"waited 0\.2 s"):
+        LocalTransport.run(2, lambda t: t.all_gather(octets(0, 3)) if t.rank == 0 else None, timeout_s=0.2)
+
+
+def test_different_sizes_are_an_error():
+    with pytest.raises(ValueError, match="different sizes"):
+        LocalTransport.run(2, lambda t: t.all_gather(octets(0, 3 + t.rank)))
+
+
+def test_a_world_has_a_rank():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        LocalTransport.world(0)
