@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--codecs", nargs="+", choices=STYLE, default=list(STYLE))
     parser.add_argument("--workers", type=int, default=4, help="processes, at least 2 (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "demo", help="folder (default: results/demo)")
@@ -104,14 +104,26 @@ def summarize(epochs: Epochs) -> dict[str, Any]:
     }
 
 
+def provenance(last: dict[str, Any]) -> dict[str, Any]:
+    """Return where and when a run was made, for its row in the CSV file."""
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        **{name: last[name] for name in ("data", "seed", "world_size", "batch_size", "lr", "bytes_source", "torch")},
+        "epochs": last["epoch"],
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "link": f"{last['backend']} on loopback",
+        "commit": git.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def describe(last: dict[str, Any]) -> str:
     """Say what was run, where and when."""
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    made = provenance(last)
     return (
         f"Data {last['data']}, {last['parameters']} parameters, {last['epoch']} epochs, {last['step']} steps of "
         f"{last['batch_size']} samples per rank, seed {last['seed']}, W = {last['world_size']} ranks over "
-        f"{last['backend']} on one machine ({os.cpu_count()} cores, {platform.machine()}), torch {last['torch']}, "
-        f"commit {git.stdout.strip() or 'unknown'}, {datetime.date.today()}."
+        f"{made['link']} ({made['machine']}), torch {last['torch']}, commit {made['commit']}, {made['date']}."
     )
 
 
@@ -176,9 +188,9 @@ def main() -> None:
     print(f"\n{report}")
     (args.out / "results.md").write_text(report)
     with (args.out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*COLUMNS, *provenance(next(iter(runs.values()))[-1])])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**row, **provenance(epochs[-1])} for row, epochs in zip(rows, runs.values(), strict=True))
     plot(runs, args.out / "accuracy_vs_bytes.png")
     print(
         f"written to {args.out}: accuracy_vs_bytes.png, results.md, results.csv, and <codec>.jsonl (one line per epoch)"

@@ -48,6 +48,24 @@ class RanksDiffer(RuntimeError):
     """Ranks came to the same exchange with different seeds, steps, buckets, codecs or layers."""
 
 
+class Unchecked(NamedTuple):
+    """Headers that are still on their way from a CUDA device; :meth:`check` once `arrived` says so."""
+
+    rank: int
+    headers: torch.Tensor  # (W, _HEADER.size) uint8 on the host
+    event: torch.cuda.Event | None
+
+    def arrived(self) -> bool:
+        """Whether the headers can be read without waiting."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def check(self) -> None:
+        """Raise `RanksDiffer` unless all headers are alike."""
+        headers = [_Header(*_HEADER.unpack(bytes(row.tolist()))) for row in self.headers]
+        if any(header != headers[self.rank] for header in headers):
+            raise RanksDiffer(_difference(headers, self.rank))
+
+
 class Clock:
     """Seconds spent in each phase of the path: `encode_s`, `exchange_s`, `decode_s`."""
 
@@ -70,11 +88,16 @@ def _checksum(codec: Codec | None, segments: Segments, exact: Segments, dtype: t
     return zlib.crc32(text.encode())
 
 
-def share(local: torch.Tensor, header: _Header, transport: Transport) -> torch.Tensor:
+def share(
+    local: torch.Tensor, header: _Header, transport: Transport, later: list[Unchecked] | None = None
+) -> torch.Tensor:
     """(L,) float32 local scales -> their maximum over ranks, (L,) float32, once all ranks proved to be in step.
 
     The first message has one size whatever the layers are: the header, and the scales where they fit. More scales
     follow in a message of their own: by all-gather while that is small, else in two phases.
+
+    With `later`, nothing waits for the host: where headers differ all scales become +inf, so that every rank gets
+    non-finite gradients, and the headers are appended to be checked when they have arrived.
 
     Raises:
         RanksDiffer: a rank sent another header. Every rank raises, naming both sides.
@@ -85,11 +108,22 @@ def share(local: torch.Tensor, header: _Header, transport: Transport) -> torch.T
     inline = slice(_HEADER.size, _HEADER.size + 4 * len(local) if len(local) <= _INLINE else _HEADER.size)
     message[inline] = local.view(torch.uint8)[: inline.stop - inline.start]
     received = transport.all_gather(message)
-    if not torch.equal(received[:, : _HEADER.size], message[: _HEADER.size].expand(len(received), -1)):
-        headers = [_Header(*_HEADER.unpack(bytes(row[: _HEADER.size].tolist()))) for row in received.cpu()]
-        raise RanksDiffer(_difference(headers, transport.rank))
+    headers = received[:, : _HEADER.size]
+    if later is None:
+        Unchecked(transport.rank, headers.cpu(), None).check()
+        return _shared(local, received[:, inline], transport)
+    event = torch.cuda.Event() if headers.is_cuda else None  # type: ignore[no-untyped-call]
+    later.append(Unchecked(transport.rank, headers.to("cpu", non_blocking=True), event))
+    if event is not None:
+        event.record()
+    shared = _shared(local, received[:, inline], transport)
+    return torch.where((headers != message[: _HEADER.size]).any(), torch.inf, shared)
+
+
+def _shared(local: torch.Tensor, inline: torch.Tensor, transport: Transport) -> torch.Tensor:
+    """The maximum over ranks, of scales that came with the prologue, `inline` (W, 4 L), or that are sent now."""
     if len(local) <= _INLINE:
-        return received[:, inline].contiguous().view(torch.float32).amax(dim=0)
+        return inline.contiguous().view(torch.float32).amax(dim=0)
     if transport.world_size * local.numel() * 4 <= exchanges.SMALL:
         return transport.all_gather(local.view(torch.uint8)).view(torch.float32).amax(dim=0)
     return exchanges.all_reduce_max(local, transport)
@@ -119,6 +153,7 @@ def all_reduce_mean(
     exchange: str = "auto",
     exact: Segments = _NONE,
     clock: Clock | None = None,
+    later: list[Unchecked] | None = None,
 ) -> torch.Tensor:
     """Replace the described elements of `flat` by an estimate of their mean over ranks; the same bits on every rank.
 
@@ -130,7 +165,8 @@ def all_reduce_mean(
         key: seed and step of the rounding noise; an int is `Key(seed)`. Use another step, or seed, in every call.
         exchange: "auto", "gather" or "two_phase"; all give the same bits.
         exact: layers that are averaged without a codec.
-        clock: adds up the time of the phases.
+        clock: adds up the time of the phases (on CUDA, of enqueueing them).
+        later: for CUDA, where checking the other ranks' headers at once would stall the device; see :func:`share`.
 
     Returns:
         flat.
@@ -167,7 +203,7 @@ def all_reduce_mean(
     with clock("encode"):
         local = codec.measure(values, scaled) if codec else torch.zeros(0, device=flat.device)
     with clock("exchange"):
-        shared = share(local, header, transport)
+        shared = share(local, header, transport, later)
         if exact.numel:
             exact.put(exchanges.all_reduce_float_mean(exact.take(flat), transport), flat)
     if codec is None or segments.numel == 0:

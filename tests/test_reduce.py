@@ -221,3 +221,29 @@ def test_the_fused_kernel_is_what_runs(monkeypatch):
     two = Spy(LocalTransport.world(1)[0])
     all_reduce_mean(gaussian(1000), Segments([1000]), Ternary(), two, key=0, exchange="two_phase")
     assert seen == [256, (1, 200), packing_for(-1, 1).nbytes(1000)]
+
+
+def test_headers_that_arrive_later_poison_now_and_raise_then():
+    """As on CUDA, where the host must not wait: no rank goes on with garbage that looks like a gradient."""
+    told = []
+
+    def work(transport):
+        later = []
+        key = Key(0, step=1 if transport.rank == 2 else 0)
+        mean = all_reduce_mean(torch.ones(100), Segments([100]), Ternary(), transport, key=key, later=later)
+        assert later[0].arrived()
+        with pytest.raises(RanksDiffer, match="step") as caught:
+            later[0].check()
+        told.append(str(caught.value))
+        return mean
+
+    assert not torch.stack(LocalTransport.run(3, work)).isfinite().any()
+    assert len(told) == 3
+
+    def agreeing(transport):
+        later = []
+        mean = all_reduce_mean(torch.ones(100), Segments([100]), Ternary(), transport, key=0, later=later)
+        later[0].check()
+        return mean
+
+    assert torch.equal(LocalTransport.run(3, agreeing)[1], torch.ones(100))

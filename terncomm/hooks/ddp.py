@@ -19,9 +19,10 @@ from terncomm.hooks import exempt as exemptions
 from terncomm.hooks.agreement import agree_on
 from terncomm.hooks.runner import OrderedWorker, SideStream
 from terncomm.keys import Key
-from terncomm.reduce import Clock, all_reduce_mean
+from terncomm.reduce import Clock, Unchecked, all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.transports import Metered, ProcessGroupTransport
+from terncomm.transports.process_group import home_of
 from terncomm.version import __version__
 
 _log = logging.getLogger("terncomm")
@@ -91,6 +92,7 @@ class CommState:
         self._transport: Metered | None = None
         self._worker = OrderedWorker()
         self._side_stream = SideStream()
+        self._later: list[Unchecked] = []  # headers on their way from the device
         self._clip_lost: dict[int, float] = {}
         self._clip_warned = False
         self.reset_stats()
@@ -180,7 +182,7 @@ class CommState:
                 "parameters": zlib.crc32(repr(layers).encode()),
             },
             transport,
-            device=_home(own),
+            device=home_of(own),
         )
         self._transport = transport
         self._sent_before = 0
@@ -202,16 +204,32 @@ class CommState:
         def job() -> torch.Tensor:
             return self._run(flat, coded, exact, key)
 
-        if flat.device.type == "cuda":
+        if flat.is_cuda:
+            self._check_arrived()
             return self._side_stream.submit(job, flat.device)
         return self._worker.submit(job)
+
+    def _check_arrived(self) -> None:
+        """Raise if ranks turned out to differ in an earlier bucket whose headers have reached the host by now."""
+        while self._later and self._later[0].arrived():
+            self._later.pop(0).check()
 
     def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key) -> torch.Tensor:
         transport, clock = self._transport, self._clock
         assert transport is not None
         self._watch_clipping(flat, coded, key.step)
         codec = self.codec if len(coded) else None
-        all_reduce_mean(flat, coded, codec, transport, key=key, exchange=self.exchange, exact=exact, clock=clock)
+        all_reduce_mean(
+            flat,
+            coded,
+            codec,
+            transport,
+            key=key,
+            exchange=self.exchange,
+            exact=exact,
+            clock=clock,
+            later=self._later if flat.is_cuda else None,
+        )
         counts = self._counts
         counts["raw_bytes"] += flat.numel() * flat.element_size()
         counts["exact_bytes"] += float_traffic(exact.numel, flat.element_size(), transport.world_size)
@@ -355,12 +373,7 @@ def _count(name: str, value: int) -> int:
     return value
 
 
-def _home(group: dist.ProcessGroup) -> torch.device:
-    """The device whose tensors the group moves."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-
-
 def _timeout(group: dist.ProcessGroup) -> timedelta | None:
     """The timeout of the user's group, so that ours fails no later."""
-    options = getattr(group._get_backend(_home(group)), "options", None)
+    options = getattr(group._get_backend(home_of(group)), "options", None)
     return getattr(options, "_timeout", None)

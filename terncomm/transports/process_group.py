@@ -9,30 +9,42 @@ import torch.distributed as dist
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def home_of(group: dist.ProcessGroup) -> torch.device:
+    """The kind of device whose tensors the group's backend moves: CUDA for NCCL, else the CPU."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+
+
 class ProcessGroupTransport:
     """Bytes over a process group; the group belongs to the caller, and no one else may use it meanwhile.
 
-    Payloads lie where the group's backend wants them: on CPU for gloo, on CUDA for NCCL.
+    CUDA payloads over a CPU backend such as gloo are staged through host memory.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self._home = home_of(group)
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
         if self.world_size == 1 or payload.numel() == 0:
             return payload.expand(self.world_size, -1).clone()
-        out = payload.new_empty(self.world_size * payload.numel())
-        _all_gather_single(out, payload.contiguous(), group=self._group)
-        return out.view(self.world_size, -1)
+        mine = self._at_home(payload)
+        out = mine.new_empty(self.world_size * mine.numel())
+        _all_gather_single(out, mine, group=self._group)
+        return out.view(self.world_size, -1).to(payload.device)
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
         if self.world_size == 1 or rows.numel() == 0:
             return rows.clone()
-        rows = rows.contiguous()
-        out = torch.empty_like(rows)
-        dist.all_to_all_single(out, rows, group=self._group)
-        return out
+        mine = self._at_home(rows)
+        out = torch.empty_like(mine)
+        dist.all_to_all_single(out, mine, group=self._group)
+        return out.to(rows.device)
+
+    def _at_home(self, payload: torch.Tensor) -> torch.Tensor:
+        if payload.device.type != self._home.type:
+            payload = payload.to(self._home)
+        return payload.contiguous()

@@ -1,0 +1,117 @@
+"""Write the tables of README.md from the rows in benchmarks/results; with `--check` only say whether they are true."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(titles: list[str], lines: list[list[str]]) -> str:
+    out = [titles, ["---", *["---:"] * (len(titles) - 1)], *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in out)
+
+
+def digits() -> str:
+    found = rows("digits/results.csv")
+    one = found[0]
+    lines = [
+        [
+            row["codec"],
+            f"{float(row['test_accuracy']):.2%}",
+            f"{float(row['test_loss']):.4f}",
+            f"{float(row['sent_mb_per_rank']):.1f}",
+            f"{float(row['bytes_per_element_per_step']):.3f}",
+            f"{float(row['fewer_bytes_than_none']):.2f}x",
+        ]
+        for row in found
+    ]
+    told = (
+        f"{one['epochs']} epochs, W = {one['world_size']}, {one['link']}, seed {one['seed']}; {one['machine']}; "
+        f"torch {one['torch']}; commit {one['commit']}, {one['date']}. Bytes of none and fp16: the ring's formula; of "
+        "the others: counted as sent, everything included."
+    )
+    titles = ["codec", "test accuracy", "test loss", "MB sent per rank", "bytes per element and step", "fewer bytes"]
+    return f"{table(titles, lines)}\n\n{told}"
+
+
+def bandwidth() -> str:
+    found = rows("bandwidth.csv")
+    one = found[0]
+    links = list(dict.fromkeys(row["link"] for row in found))
+    lines = []
+    for codec in dict.fromkeys(row["codec"] for row in found):
+        mine = {row["link"]: row for row in found if row["codec"] == codec}
+        first = mine[links[0]]
+        cells = [f"{float(mine[k]['step_ms']):.0f} ms ({float(mine[k]['times_faster_than_none']):.1f}x)" for k in links]
+        sent = f"{int(first['interface_bytes_per_step']) / 1e6:.2f} MB ({float(first['times_fewer_bytes']):.1f}x fewer)"
+        lines.append([codec, sent, *cells])
+    names = [
+        {"none": "no limit"}.get(link, link.replace("mbit", " Mbit/s").replace("gbit", " Gbit/s")) for link in links
+    ]
+    told = (
+        f"{int(one['parameters']) / 1e6:.1f} M parameters, W = {one['world_size']}, one network namespace per rank, "
+        "every link limited by tbf in both directions; bytes read from the interface; median of "
+        f"{one['steps']} steps (forward and backward); {one['machine']}; torch {one['torch']}; commit {one['commit']}, "
+        f"{one['date']}."
+    )
+    return f"{table(['codec', 'sent per rank and step', *names], lines)}\n\n{told}"
+
+
+def kernels() -> str:
+    found = rows("kernels.csv")
+    one = found[0]
+    lines = [[row["kernel"], f"{float(row['ratio_to_copy']):.2f}", row["held_to"]] for row in found]
+    told = (
+        f"25 MB of float32, one thread, medians of {one['rounds']}; {one['machine']}; torch {one['torch']}; commit "
+        f"{one['commit']}, {one['date']}."
+    )
+    return f"{table(['kernel', 'time / copy', 'held to'], lines)}\n\n{told}"
+
+
+def traffic() -> str:
+    from terncomm import Int8, Ternary, exchange
+
+    numel, lines = 10**7, []
+    for world_size in (2, 4, 8, 16):
+        ring = 2 * (world_size - 1) / world_size * 4
+        each = []
+        for codec in (Int8(), Ternary()):
+            returned = numel // world_size if isinstance(codec, Int8) and world_size > 2 else None
+            plan = exchange.choose("auto", numel, codec.alphabet, world_size, returned)
+            each.append(exchange.traffic(plan.algorithm, numel, codec.alphabet, world_size, returned) / numel)
+        lines.append([str(world_size), f"{ring:.2f}", *(f"{one:.2f} ({ring / one:.1f}x)" for one in each)])
+    return table(["W", "fp32 ring", "int8", "terngrad"], lines)
+
+
+def rendered(text: str) -> str:
+    for name, make in (("digits", digits), ("bandwidth", bandwidth), ("kernels", kernels), ("traffic", traffic)):
+        block = f"<!-- {name}: benchmarks/render.py -->\n\n{make()}\n\n<!-- end -->"
+        text, count = re.subn(
+            rf"<!-- {name}: benchmarks/render\.py -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise SystemExit(f"render.py: README.md has {count} places for the table {name}, wanted 1")
+    return text
+
+
+def main() -> None:
+    text = README.read_text()
+    wanted = rendered(text)
+    if "--check" in sys.argv[1:]:
+        raise SystemExit(
+            0 if text == wanted else "render.py: README.md is not what the rows say; run it without --check"
+        )
+    README.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
