@@ -50,7 +50,8 @@ class CommState:
         ValueError, TypeError: an option that cannot be.
 
     Note:
-        Parameters that are not in `named_parameters` are numbered as they are first seen.
+        Parameters that are not in `named_parameters` are numbered as they are first seen. In a world of one rank
+        nothing is coded: the gradients stay as they are.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class CommState:
         """Exempt what the structure of `model` says."""
         self._exact.update(exemptions.structural(model, self.exempt))
 
-    def _connect(self, group: dist.ProcessGroup) -> None:
+    def _connect(self, group: dist.ProcessGroup) -> Metered:
         """Make a group of our own out of `group`'s ranks, check that they agree, and compile. Collective."""
         ranks = dist.get_process_group_ranks(group)
         timeout = _timeout(group)
@@ -187,22 +188,22 @@ class CommState:
         self._transport = transport
         self._sent_before = 0
         ops.compile_kernels()
+        return transport
 
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         flat = bucket.buffer()
-        if self._transport is None:
-            self._connect(dist.distributed_c10d._get_default_group())
-        if bucket.index() == 0:  # the first bucket of a backward pass: one that was aborted does not count twice
+        transport = self._transport or self._connect(dist.distributed_c10d._get_default_group())
+        if bucket.index() == 0:  # the first of a backward pass; one that is aborted later shifts nothing
             self._step += 1
             self._counts["steps"] += 1
             self._enabled = self._enabled_next
         coded, exact = self._layout(bucket)
-        if not self._enabled or self._step < self.warmup_steps:
+        if not self._enabled or self._step < self.warmup_steps or transport.world_size == 1:
             coded, exact = Segments(()), Segments([flat.numel()])
         key = Key(self.seed, self._step, bucket.index())
 
         def job() -> torch.Tensor:
-            return self._run(flat, coded, exact, key)
+            return self._run(flat, coded, exact, key, transport)
 
         if flat.is_cuda:
             self._check_arrived()
@@ -214,9 +215,7 @@ class CommState:
         while self._later and self._later[0].arrived():
             self._later.pop(0).check()
 
-    def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key) -> torch.Tensor:
-        transport, clock = self._transport, self._clock
-        assert transport is not None
+    def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key, transport: Metered) -> torch.Tensor:
         self._watch_clipping(flat, coded, key.step)
         codec = self.codec if len(coded) else None
         all_reduce_mean(
@@ -227,7 +226,7 @@ class CommState:
             key=key,
             exchange=self.exchange,
             exact=exact,
-            clock=clock,
+            clock=self._clock,
             later=self._later if flat.is_cuda else None,
         )
         counts = self._counts
