@@ -79,15 +79,18 @@ def kernels() -> str:
 
 def traffic() -> str:
     from terncomm import Int8, Ternary, exchange
+    from terncomm.keys import Key
+    from terncomm.segments import Segments
 
-    numel, lines = 10**7, []
+    layer, lines = Segments([10**7]), []
     for world_size in (2, 4, 8, 16):
         ring = 2 * (world_size - 1) / world_size * 4
         each = []
         for codec in (Int8(), Ternary()):
-            returned = numel // world_size if isinstance(codec, Int8) and world_size > 2 else None
-            plan = exchange.choose("auto", numel, codec.alphabet, world_size, returned)
-            each.append(exchange.traffic(plan.algorithm, numel, codec.alphabet, world_size, returned) / numel)
+            returned = codec.narrowing(codec.scaled(layer), Key(0), world_size=world_size)
+            plan = exchange.choose("auto", layer.numel, codec.alphabet, world_size, returned)
+            sent = exchange.traffic(plan.algorithm, layer.numel, codec.alphabet, world_size, returned)
+            each.append(sent / layer.numel)
         lines.append([str(world_size), f"{ring:.2f}", *(f"{one:.2f} ({ring / one:.1f}x)" for one in each)])
     return table(["W", "fp32 ring", "int8", "terngrad"], lines)
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from terncomm import ops
-from terncomm.codecs.base import SumFormat
 from terncomm.segments import Segments
 from terncomm.transports.base import Transport
-from terncomm.wire import Packing, packing_for
+from terncomm.wire import Packing, SumFormat, packing_for
 
 ALGORITHMS = ("auto", "gather", "two_phase")
 SMALL = 8192  # bytes; about what a message round of 1 ms moves at 100 Mbit/s
@@ -27,50 +26,52 @@ SMALL = 8192  # bytes; about what a message round of 1 ms moves at 100 Mbit/s
 
 @dataclass(frozen=True)
 class Plan:
-    """How n codes travel: in `rows` rows of `row_length`, packed by `packing`."""
+    """How the codes of W ranks travel: packed by `packing`, in rows that ranks own."""
 
     algorithm: str
-    numel: int
-    world_size: int
     packing: Packing
+    edges: tuple[int, ...]  # (W + 1,): rank r owns the dense elements [edges[r], edges[r + 1])
 
     @property
-    def row_length(self) -> int:
-        """Codes in a row of `two_phase`, the last rows padded; both algorithms narrow sums by these rows."""
-        return -(-self.numel // self.world_size)
-
-    @property
-    def rows(self) -> list[tuple[int, int]]:
-        """Dense [begin, end) of each row that is packed on its own."""
-        if self.algorithm == "gather":
-            return [(0, self.numel)]
-        return self.owned
+    def world_size(self) -> int:
+        """W."""
+        return len(self.edges) - 1
 
     @property
     def owned(self) -> list[tuple[int, int]]:
         """Dense [begin, end) of the row that each rank owns."""
-        m = self.row_length
-        return [(min(r * m, self.numel), min((r + 1) * m, self.numel)) for r in range(self.world_size)]
+        return list(zip(self.edges, self.edges[1:], strict=False))
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """Dense [begin, end) of what is packed on its own: the rows of `two_phase`, or everything."""
+        return [(0, self.edges[-1])] if self.algorithm == "gather" else self.owned
 
     @property
     def packed_length(self) -> int:
-        """Codes in one packed row, padding included."""
-        return self.numel if self.algorithm == "gather" else self.row_length
+        """Codes in one packed row: those of the longest, the others are padded."""
+        return max(end - begin for begin, end in self.rows)
+
+
+def _plan(algorithm: str, numel: int, alphabet: tuple[int, int], world_size: int, returned: SumFormat | None) -> Plan:
+    row = -(-numel // world_size)
+    even = tuple(min(r * row, numel) for r in range(world_size + 1))
+    return Plan(algorithm, packing_for(*alphabet), even if returned is None else returned.edges)
 
 
 def traffic(
-    algorithm: str, numel: int, alphabet: tuple[int, int], world_size: int, returned_nbytes: int | None = None
+    algorithm: str, numel: int, alphabet: tuple[int, int], world_size: int, returned: SumFormat | None = None
 ) -> int:
-    """Bytes that each rank sends for `numel` codes; `returned_nbytes`: of one row's sums, if they are not exact."""
-    plan = Plan(algorithm, numel, world_size, packing_for(*alphabet))
+    """Bytes that each rank sends for `numel` codes; `returned`: the format of the sums, if they are not exact."""
+    plan = _plan(algorithm, numel, alphabet, world_size, returned)
     row = plan.packing.nbytes(plan.packed_length)
     if algorithm == "two_phase":
-        row += _sum_packing(plan).nbytes(plan.row_length) if returned_nbytes is None else returned_nbytes
+        row += _sum_packing(plan).nbytes(plan.packed_length) if returned is None else returned.nbytes
     return (world_size - 1) * row
 
 
 def choose(
-    algorithm: str, numel: int, alphabet: tuple[int, int], world_size: int, returned_nbytes: int | None = None
+    algorithm: str, numel: int, alphabet: tuple[int, int], world_size: int, returned: SumFormat | None = None
 ) -> Plan:
     """The plan for these codes; `algorithm` is one of ALGORITHMS.
 
@@ -80,10 +81,10 @@ def choose(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"exchange must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if algorithm == "auto":
-        gather = traffic("gather", numel, alphabet, world_size, returned_nbytes)
-        two_phase = traffic("two_phase", numel, alphabet, world_size, returned_nbytes)
+        gather = traffic("gather", numel, alphabet, world_size, returned)
+        two_phase = traffic("two_phase", numel, alphabet, world_size, returned)
         algorithm = "gather" if gather <= two_phase or gather <= SMALL else "two_phase"
-    return Plan(algorithm, numel, world_size, packing_for(*alphabet))
+    return _plan(algorithm, numel, alphabet, world_size, returned)
 
 
 def _sum_packing(plan: Plan) -> Packing:
@@ -125,7 +126,7 @@ def run(packed: torch.Tensor, plan: Plan, returned: SumFormat | None, transport:
     owned = plan.owned
     if plan.algorithm == "gather":
         received = transport.all_gather(packed[0])
-        whole = Piece(0, plan.numel, received, plan.packing, plan.numel)
+        whole = Piece(0, plan.edges[-1], received, plan.packing, plan.packed_length)
         if returned is None:
             return iter([whole])
         totals = whole.totals()
@@ -134,7 +135,7 @@ def run(packed: torch.Tensor, plan: Plan, returned: SumFormat | None, transport:
             for row, (begin, end) in enumerate(owned)
         )
     received = transport.all_to_all(packed)
-    mine = ops.unpack_sum(received, plan.packing, plan.row_length)
+    mine = ops.unpack_sum(received, plan.packing, plan.packed_length)
     del received
     if returned is not None:
         begin, end = owned[transport.rank]
@@ -142,7 +143,7 @@ def run(packed: torch.Tensor, plan: Plan, returned: SumFormat | None, transport:
         return (Piece(b, e, returned.unpack(row, sums[row])) for row, (b, e) in enumerate(owned))
     packing = _sum_packing(plan)
     sums = transport.all_gather(ops.pack(mine, packing))
-    return (Piece(b, e, sums[row : row + 1], packing, plan.row_length) for row, (b, e) in enumerate(owned))
+    return (Piece(b, e, sums[row : row + 1], packing, plan.packed_length) for row, (b, e) in enumerate(owned))
 
 
 def all_reduce(
@@ -194,7 +195,9 @@ def float_traffic(numel: int, itemsize: int, world_size: int) -> int:
 
 def _rows(values: torch.Tensor, world_size: int) -> torch.Tensor:
     length = -(-len(values) // world_size)
-    return torch.nn.functional.pad(values, (0, world_size * length - len(values))).view(world_size, length)
+    if missing := world_size * length - len(values):
+        values = torch.nn.functional.pad(values, (0, missing))
+    return values.view(world_size, length)
 
 
 def _received(rows: torch.Tensor, transport: Transport, dtype: torch.dtype) -> torch.Tensor:

@@ -16,14 +16,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from terncomm import exchange as exchanges
 from terncomm import ops
-from terncomm.codecs.base import Codec, SumFormat
-from terncomm.exchange import Plan
+from terncomm.codecs.base import Codec
 from terncomm.keys import Key
 from terncomm.segments import Segments
 from terncomm.transports.base import Transport
@@ -84,6 +84,10 @@ class Clock:
 
 @lru_cache(maxsize=1024)
 def _checksum(codec: Codec | None, segments: Segments, exact: Segments, dtype: torch.dtype, exchange: str) -> int:
+    spans = sorted(zip(*torch.cat([segments.table[:2], exact.table[:2]], dim=1).tolist(), strict=True))
+    for (offset, size), (following, _) in pairwise(spans):
+        if offset + size > following:
+            raise ValueError(f"a layer is both coded and exact: elements from {following} on are in two pieces")
     text = f"{codec!r} {segments.table.tolist()} {exact.table.tolist()} {dtype} {exchange}"
     return zlib.crc32(text.encode())
 
@@ -192,6 +196,8 @@ def all_reduce_mean(
     exact.check(flat)
     if codec is None and len(segments):
         raise ValueError(f"{len(segments)} segments to be coded and no codec; give a codec, or name them in exact=")
+    if codec is not None and not isinstance(codec, Codec):
+        raise TypeError(f"codec must be a terncomm codec such as terncomm.Ternary(), got {codec!r}")
     key = Key(key) if isinstance(key, int) else key
     clock = clock or Clock()
     rank, world_size = transport.rank, transport.world_size
@@ -210,7 +216,8 @@ def all_reduce_mean(
         return flat
 
     with clock("encode"):
-        plan, returned = _plan(codec, scaled, key, exchange, world_size)
+        returned = codec.narrowing(scaled, key, world_size=world_size)
+        plan = exchanges.choose(exchange, scaled.numel, codec.alphabet, world_size, returned)
         how = codec.rounding(scaled, local, shared, key, rank=rank, world_size=world_size)
         nbytes = plan.packing.nbytes(plan.packed_length)
         packed = torch.empty((len(plan.rows), nbytes), dtype=torch.uint8, device=flat.device)
@@ -225,10 +232,3 @@ def all_reduce_mean(
         if values is not flat:
             segments.put(segments.take(values).to(flat.dtype), flat)
     return flat
-
-
-def _plan(codec: Codec, scaled: Segments, key: Key, exchange: str, world_size: int) -> tuple[Plan, SumFormat | None]:
-    row_length = -(-scaled.numel // world_size)
-    returned = codec.narrowing(scaled, key, row_length=row_length, world_size=world_size)
-    nbytes = None if returned is None else returned.nbytes
-    return exchanges.choose(exchange, scaled.numel, codec.alphabet, world_size, nbytes), returned

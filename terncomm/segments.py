@@ -26,6 +26,7 @@ class Segments:
         bases: the index, inside its layer, of each piece's first element; by default 0.
 
     Raises:
+        TypeError: a size is not an int.
         ValueError: lengths differ, a number is negative, pieces overlap, or a layer is longer than 2**32 elements.
 
     >>> layers = Segments([3, 5])
@@ -41,6 +42,8 @@ class Segments:
         layers: Sequence[int] | None = None,
         bases: Sequence[int] | None = None,
     ) -> None:
+        if not all(isinstance(n, int) for n in sizes):
+            raise TypeError(f"sizes must be ints, got {list(sizes)}")
         size = torch.as_tensor(list(sizes), dtype=torch.int64)
         end = size.cumsum(0)
         columns = [

@@ -15,10 +15,13 @@ ceil(m / d) words.
 """
 
 from functools import cache
+from typing import Protocol
+
+import torch
 
 from terncomm.ops.types import Packing
 
-__all__ = ["Packing", "packing_for"]
+__all__ = ["Packing", "SumFormat", "packing_for"]
 
 
 @cache
@@ -26,7 +29,7 @@ def packing_for(low: int, high: int) -> Packing:
     """The layout of codes in [low, high].
 
     Raises:
-        ValueError: the alphabet does not hold 0 and at least one more code, or has over 2**32 codes.
+        ValueError: the alphabet does not hold 0 and at least one more code, or has over 2**21 codes.
 
     >>> packing_for(-1, 1)
     Packing(low=-1, radix=3, digits=5, word_bytes=1)
@@ -34,8 +37,8 @@ def packing_for(low: int, high: int) -> Packing:
     15
     """
     radix = high - low + 1
-    if not low <= 0 <= high or not 2 <= radix <= 2**32:
-        raise ValueError(f"an alphabet must hold 0 and 2 to 2**32 codes, got [{low}, {high}]")
+    if not low <= 0 <= high or not 2 <= radix <= 2**21:
+        raise ValueError(f"an alphabet must hold 0 and 2 to 2**21 codes, got [{low}, {high}]")
     candidates = []
     for word_bytes in (1, 2, 4, 8):
         digits = 0
@@ -44,3 +47,16 @@ def packing_for(low: int, high: int) -> Packing:
         if digits:
             candidates.append(Packing(low, radix, digits, word_bytes))
     return max(candidates, key=lambda p: p.digits / p.word_bytes)  # the first, shortest, of those that tie
+
+
+class SumFormat(Protocol):
+    """How sums that are not sent exactly travel back, in one row for each rank that owns some of them."""
+
+    edges: tuple[int, ...]  # (W + 1,): row r holds the dense elements [edges[r], edges[r + 1])
+    nbytes: int  # of a packed row; all rows are as long as the longest
+
+    def pack(self, row: int, totals: torch.Tensor) -> torch.Tensor:
+        """(m,) int32 totals of row `row` -> (nbytes,) uint8."""
+
+    def unpack(self, row: int, packed: torch.Tensor) -> torch.Tensor:
+        """`pack` undone, up to the format's own rounding: (nbytes,) uint8 -> (m,) int32."""

@@ -114,6 +114,14 @@ def test_published_sparsity_and_clipping():
     assert error == pytest.approx(1.01, abs=0.01), "vNMSE at c = 2.5"
 
 
+def test_codecs_of_more_than_8_bits_are_refused():
+    class Wide(Int8):
+        levels = 1000
+
+    with pytest.raises(ValueError, match=r"levels must be in 1\.\.127, got 1000"):
+        laws.encoded(Wide(), FLAT, LAYERS, Key(0))
+
+
 def test_norm_lost_names_the_layer():
     sparse = torch.zeros(10_000)
     sparse[:10] = 1.0

@@ -28,12 +28,10 @@ def by_definition(codec, gradients, segments, key):
         keys = key.streams(scaled.layers, rank=rank, world_size=world_size)
         total += reference.encode(g, scaled, reference.rounding(local[rank], shared, keys, codec.levels))
     if getattr(codec, "returned", "exact") == "int8" and world_size > 2:
-        row = -(-scaled.numel // world_size)
-        for begin in range(0, scaled.numel, row):
-            window = scaled.window(begin, min(begin + row, scaled.numel))
-            keys = key.streams(window.layers, rank=2**32 - 1, world_size=world_size)
-            codes, divisor = reference.narrow(total[begin : begin + row], window, keys)
-            total[begin : begin + row] = reference.widen(codes, window, divisor)
+        pieces = scaled.blocks(256)
+        keys = key.streams(pieces.layers, rank=2**32 - 1, world_size=world_size)
+        codes, divisor = reference.narrow(total, pieces, keys)
+        total = reference.widen(codes, pieces, divisor)
     out = gradients[0].clone()
     reference.decode(total, scaled, reference.split_unit(shared.double() / (codec.levels * world_size)), 0, out)
     return out
@@ -90,7 +88,7 @@ def test_scales_are_shared_by_their_maximum():
 def test_the_cut_of_a_buffer_does_not_change_the_result():
     """Two layers in one buffer, or each in its own: the same bits, for noise is keyed by layer."""
     gradients = gaussian(4, 6000)
-    for codec in (Ternary(), Int8(block=1000, returned="exact")):
+    for codec in (Ternary(), Int8(), Int8(block=1000, returned="exact")):
         whole = reduce(codec, gradients, Segments([4000, 2000], layers=[5, 6]))
         parts = [
             reduce(codec, gradients[:, :4000].contiguous(), Segments([4000], layers=[5])),
@@ -123,6 +121,11 @@ def test_exact_layers_travel_exactly_beside_coded_ones():
     assert same_bits(everything, total / 4)
 
 
+def test_a_layer_cannot_be_both_coded_and_exact():
+    with pytest.raises(ValueError, match="both coded and exact"):
+        reduce(Ternary(), gaussian(2, 100), Segments([60]), exact=Segments([50], offsets=[50]))
+
+
 def test_the_global_generator_is_untouched():
     before = torch.get_rng_state()
     reduce(Ternary(), gaussian(2, 5000), Segments([5000]))
@@ -151,8 +154,8 @@ def test_many_scales_are_shared_in_two_phases():
     sent = sent_bytes(Int8(block=128), gaussian(1, n).expand(world_size, -1), Segments([n]))[0]
     scales = 4 * n / 128
     row = n / world_size
-    codes = (world_size - 1) * (2 * row + 2 * row / 128)
-    assert sent - codes < 2 * scales + (world_size - 1) * 300 < (world_size - 1) * scales
+    codes = (world_size - 1) * (2 * row + row / 128)
+    assert sent - codes < 2 * scales + (world_size - 1) * 800 < (world_size - 1) * scales
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,7 @@ def test_ranks_out_of_step_get_an_error_naming_both_sides(change, words):
         (torch.zeros(4, 4).T[0], {}, ValueError, "contiguous"),
         (torch.zeros(4), {"exchange": "ring"}, ValueError, "got 'ring'"),
         (torch.zeros(4), {"codec": None}, ValueError, "no codec"),
+        (torch.zeros(4), {"codec": "terngrad"}, TypeError, "codec must be a terncomm codec"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(flat, options, error, words):

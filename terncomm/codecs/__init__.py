@@ -1,10 +1,10 @@
 """Codecs: gradients to small integers under a shared scale, and back."""
 
-from terncomm.codecs.base import Codec, SumFormat
+from terncomm.codecs.base import Codec
 from terncomm.codecs.int8 import Int8
 from terncomm.codecs.ternary import Ternary
 
-__all__ = ["Codec", "Int8", "SumFormat", "Ternary", "codec_for"]
+__all__ = ["Codec", "Int8", "Ternary", "codec_for"]
 
 _NAMED = {"terngrad": Ternary(clip=2.5), "int8": Int8(block=2048)}
 

@@ -11,7 +11,6 @@ non-finite element makes its layer, and no other, non-finite on every rank.
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol
 
 import torch
 
@@ -19,18 +18,7 @@ from terncomm import ops
 from terncomm.keys import Key
 from terncomm.ops import Rounding
 from terncomm.segments import Segments
-
-
-class SumFormat(Protocol):
-    """How the sums of one row of dense elements travel back, made by :meth:`Codec.narrowing`."""
-
-    nbytes: int
-
-    def pack(self, row: int, totals: torch.Tensor) -> torch.Tensor:
-        """(m,) int32 totals of row `row` -> (nbytes,) uint8."""
-
-    def unpack(self, row: int, packed: torch.Tensor) -> torch.Tensor:
-        """`pack` undone, up to the format's own rounding: (nbytes,) uint8 -> (m,) int32."""
+from terncomm.wire import SumFormat
 
 
 class Codec(ABC):
@@ -98,6 +86,6 @@ class Codec(ABC):
         """(L,) the share of each layer's norm that clipping takes, 1 - |clipped| / |g|; `None` if nothing clips."""
         return None
 
-    def narrowing(self, segments: Segments, key: Key, *, row_length: int, world_size: int) -> SumFormat | None:
-        """How sums are rounded on their way back, row by row of `row_length`; `None`: they return exactly."""
+    def narrowing(self, segments: Segments, key: Key, *, world_size: int) -> SumFormat | None:
+        """How sums are rounded on their way back; `None`: they return exactly."""
         return None

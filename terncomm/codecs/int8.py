@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from terncomm import ops
-from terncomm.codecs.base import Codec, SumFormat
+from terncomm.codecs.base import Codec
 from terncomm.keys import NO_RANK, Key
 from terncomm.segments import Segments
+from terncomm.wire import SumFormat
+
+_NARROW = 256  # elements that share a divisor on the way back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +20,9 @@ class Int8(Codec):
     .. math:: q = \mathrm{sign}(g) \lfloor 127 |g| / s + u \rfloor, \qquad u \sim U[0, 1)
 
     s is the largest magnitude of the block over all ranks. The sum of W codes needs more than 8 bits. On the way back
-    it is rounded once more to 8 bits (`returned="int8"`), without bias and by each block's own divisor
-    ceil(max|sum| / 127), with noise that all ranks share; every exchange does so alike. With W <= 2 it returns exactly,
-    which costs no more there.
+    it is rounded once more to 8 bits (`returned="int8"`), without bias, with noise that all ranks share, by a divisor
+    ceil(max|sum| / 127) of every 256 elements of a block. Rows are cut between these pieces, so that neither the
+    exchange nor the cut of the buffer changes a bit. With W <= 2 it returns exactly, which costs no more there.
 
     Args:
         block: elements that share a scale; `None`: one scale per layer.
@@ -62,24 +65,30 @@ class Int8(Codec):
         """(L,) float32: the largest magnitude of each block."""
         return ops.peaks(flat, segments)
 
-    def narrowing(self, segments: Segments, key: Key, *, row_length: int, world_size: int) -> SumFormat | None:
-        """Sums in 8 bits by each block's own divisor, unless the exact sum was asked for or costs no more."""
+    def narrowing(self, segments: Segments, key: Key, *, world_size: int) -> SumFormat | None:
+        """Sums in 8 bits by divisors of their own, unless the exact sum was asked for or costs no more."""
         if self.returned == "exact" or world_size <= 2:
             return None
-        return _NarrowSums(segments, key, row_length=row_length, world_size=world_size)
+        return _NarrowSums(segments.blocks(_NARROW), key, world_size)
 
 
 class _NarrowSums:
-    """Row of totals <-> (m,) uint8 codes + 127, then a little-endian uint16 divisor per block piece of the row."""
+    """Row of totals <-> a byte code + 127 per element, then a divisor per piece.
 
-    def __init__(self, segments: Segments, key: Key, *, row_length: int, world_size: int) -> None:
-        if world_size > 2**16:
-            raise ValueError(f"8-bit sums carry 16-bit divisors: at most 65536 ranks, got {world_size}")
-        starts = range(0, world_size * row_length, row_length)
-        self._windows = [segments.window(at, min(at + row_length, segments.numel)) for at in starts]
+    A divisor is at most W; it takes one byte while W < 256, else two, little-endian.
+    """
+
+    def __init__(self, pieces: Segments, key: Key, world_size: int) -> None:
+        if world_size >= 2**16:
+            raise ValueError(f"8-bit sums carry 16-bit divisors: fewer than 65536 ranks, got {world_size}")
         self._key, self._world_size = key, world_size
-        self._row_length = row_length
-        self.nbytes = row_length + 2 * max(len(window) for window in self._windows)
+        self._width = 1 if world_size < 256 else 2
+        even = torch.arange(world_size + 1) * pieces.numel // world_size
+        nearest = torch.searchsorted((pieces.starts[1:] + pieces.starts[:-1]) // 2, even)
+        self.edges = tuple(pieces.starts[nearest].tolist())
+        self._windows = [pieces.window(*edge) for edge in zip(self.edges, self.edges[1:], strict=False)]
+        self._row_length = max(window.numel for window in self._windows)
+        self.nbytes = self._row_length + self._width * max(len(window) for window in self._windows)
 
     def pack(self, row: int, totals: torch.Tensor) -> torch.Tensor:
         window = self._windows[row]
@@ -87,12 +96,14 @@ class _NarrowSums:
         codes, divisors = ops.narrow(totals, window, keys.to(totals.device))
         out = torch.zeros(self.nbytes, dtype=torch.uint8, device=totals.device)
         out[: len(codes)] = codes
-        octets = out[self._row_length :][: 2 * len(window)].view(-1, 2)
-        octets[:, 0] = divisors & 0xFF
-        octets[:, 1] = divisors >> 8
+        self._octets(out, window).copy_(torch.stack([divisors & 0xFF, divisors >> 8], dim=1)[:, : self._width])
         return out
 
     def unpack(self, row: int, packed: torch.Tensor) -> torch.Tensor:
         window = self._windows[row]
-        octets = packed[self._row_length :][: 2 * len(window)].view(-1, 2).to(torch.int32)
-        return ops.widen(packed[: window.numel], window, octets[:, 0] | octets[:, 1] << 8)
+        octets = self._octets(packed, window).to(torch.int32)
+        divisors = octets[:, 0] if self._width == 1 else octets[:, 0] | octets[:, 1] << 8
+        return ops.widen(packed[: window.numel], window, divisors.contiguous())
+
+    def _octets(self, packed: torch.Tensor, window: Segments) -> torch.Tensor:
+        return packed[self._row_length :][: self._width * len(window)].view(-1, self._width)

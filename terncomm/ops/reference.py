@@ -91,6 +91,8 @@ def rounding(local: torch.Tensor, shared: torch.Tensor, keys: torch.Tensor, leve
 
     `scale` is rounded up, so that a magnitude equal to the shared scale always becomes the code `levels`.
     """
+    if not 1 <= levels <= 127:
+        raise ValueError(f"codes are kept in 8 bits: levels must be in 1..127, got {levels}")
     usable = torch.isfinite(shared) & (shared > 0)
     safe = torch.where(usable, shared, 1.0)
     lift = torch.where(safe < _TINY, 2.0**100, 1.0).to(torch.float32)
