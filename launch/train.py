@@ -166,7 +166,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 + math.cos(math.pi * done / args.epochs)) / 2)
     kept = {"network": network, "optimizer": optimizer, "schedule": cosine}
-    if hasattr(state, "state_dict"):
+    if state is not None:
         kept["compression"] = state
 
     first, totals, records = 0, Counter[str](), list[str]()

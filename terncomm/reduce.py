@@ -137,7 +137,9 @@ def _difference(headers: list[_Header], rank: int) -> str:
     mine = headers[rank]
     other = next(r for r, header in enumerate(headers) if header != mine)
     told = [
-        f"{name.replace('_', ' ')} {here} here, {there} there"
+        "another codec, exchange, dtype or other layers"
+        if name == "configuration"
+        else f"{name.replace('_', ' ')} {here} here, {there} there"
         for name, here, there in zip(_Header._fields, mine, headers[other], strict=True)
         if here != there
     ]

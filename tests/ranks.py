@@ -177,6 +177,7 @@ def serve(rank: int, descriptor: int) -> None:
     while (task := tasks.get()) is not None:
         connection.send_bytes(_answer(task))
         gc.collect()
+        gc.freeze()  # what is left are modules, and looking at them again takes long
 
 
 def join(world_size: int, store: str) -> None:

@@ -164,9 +164,9 @@ def test_many_scales_are_shared_in_two_phases():
         ({"key": 1}, "seed 0 here, 1 there"),
         ({"key": Key(0, step=3)}, "step 0 here, 3 there"),
         ({"key": Key(0, bucket=2)}, "bucket 0 here, 2 there"),
-        ({"codec": Ternary(clip=2.0)}, "configuration"),
+        ({"codec": Ternary(clip=2.0)}, "another codec, exchange, dtype or other layers"),
         ({"segments": Segments([60, 39])}, "coded elements 100 here, 99 there"),
-        ({"exchange": "gather"}, "configuration"),
+        ({"exchange": "gather"}, "another codec, exchange, dtype or other layers"),
     ],
 )
 def test_ranks_out_of_step_get_an_error_naming_both_sides(change, words):

@@ -15,6 +15,8 @@ class ConfigurationsDiffer(RuntimeError):
 def agree_on(configuration: dict[str, Any], transport: Transport, *, device: torch.device) -> None:
     """Compare a JSON-able configuration over all ranks; two messages, JSON bytes.
 
+    A rank that cannot take part sends {"refused": why}, so that the others need not wait for it.
+
     Raises:
         ConfigurationsDiffer: on every rank.
     """
@@ -27,6 +29,11 @@ def agree_on(configuration: dict[str, Any], transport: Transport, *, device: tor
     told = [json.loads(bytes(row[:n].tolist())) for row, n in zip(received, lengths, strict=True)]
     if all(other == told[0] for other in told):
         return
+    refused = {rank: one["refused"] for rank, one in enumerate(told) if "refused" in one}
+    if refused:
+        raise ConfigurationsDiffer(
+            "; ".join(f"rank {rank} refused its options: {why}" for rank, why in refused.items())
+        )
     lines = []
     for field in sorted({field for one in told for field in one}):
         ranks: dict[str, list[int]] = {}

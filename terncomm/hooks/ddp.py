@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-import zlib
 from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Any
@@ -16,7 +15,7 @@ from terncomm import ops
 from terncomm.codecs import Codec, codec_for
 from terncomm.exchange import ALGORITHMS, float_traffic
 from terncomm.hooks import exempt as exemptions
-from terncomm.hooks.agreement import agree_on
+from terncomm.hooks.agreement import ConfigurationsDiffer, agree_on
 from terncomm.hooks.runner import OrderedWorker, SideStream
 from terncomm.keys import Key
 from terncomm.reduce import Clock, Unchecked, all_reduce_mean
@@ -45,6 +44,8 @@ class CommState:
         exempt: groups found by the model's structure that travel exactly, of "embedding" and "head"; `()` codes them
             too, as published. Without a model (the plain pair of state and hook) there is no structure to look at.
         named_parameters: of the model, for `skip` and for names in statistics; `register` gives them by itself.
+        process_group: the group that the DDP model was made with, which a bucket does not tell; by default the
+            default group. `register` gives it by itself.
 
     Raises:
         ValueError, TypeError: an option that cannot be.
@@ -65,6 +66,7 @@ class CommState:
         seed: int = 0,
         exempt: Collection[str] = exemptions.GROUPS,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.codec = codec_for(codec)
         self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -78,24 +80,43 @@ class CommState:
         if unknown := set(self.exempt) - set(exemptions.GROUPS):
             raise ValueError(f"exempt may name {', '.join(exemptions.GROUPS)}; got {', '.join(sorted(unknown))}")
 
-        named = [] if named_parameters is None else [(exemptions.clean(n), p) for n, p in named_parameters]
-        named = [(name, p) for name, p in named if p.requires_grad]
+        named: dict[torch.Tensor, str] = {}
+        for name, parameter in named_parameters or ():
+            if parameter.requires_grad:
+                named.setdefault(parameter, exemptions.clean(name))  # a tied parameter goes by its first name
         if self.skip and not named:
             raise ValueError("skip= needs names: give named_parameters=model.named_parameters(), or use register")
-        skipped = exemptions.matching(self.skip, [name for name, _ in named])
-        self._numbers: dict[torch.Tensor, int] = {p: number for number, (_, p) in enumerate(named)}
-        self._names = [name for name, _ in named]
-        self._exact: set[torch.Tensor] = {p for name, p in named if name in skipped}
+        skipped = exemptions.matching(self.skip, named.values())
+        self._names = list(named.values())
+        self._numbers = {parameter: number for number, parameter in enumerate(named)}
+        self._exact = {parameter for parameter, name in named.items() if name in skipped}
 
         self._step = -1
         self._enabled = self._enabled_next = True
-        self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
+        self._clip_lost: dict[int, float] = {}
+        self._clip_warned = False
+        self._group = process_group
+        self._detach()
+        self.reset_stats()
+        ops.compile_kernels()
+
+    def _detach(self) -> None:
+        """Hold nothing that belongs to this process alone."""
         self._transport: Metered | None = None
         self._worker = OrderedWorker()
         self._side_stream = SideStream()
         self._later: list[Unchecked] = []  # headers on their way from the device
-        self._clip_lost: dict[int, float] = {}
-        self._clip_warned = False
+        self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` of a model: everything but group, thread and stream. A copy is of the default group."""
+        own = ("_group", "_transport", "_worker", "_side_stream", "_later", "_layouts")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        vars(self).update(saved)
+        self._group = None
+        self._detach()
         self.reset_stats()
 
     # ---- what a user calls --------------------------------------------------------------------------------------
@@ -162,37 +183,34 @@ class CommState:
         """Exempt what the structure of `model` says."""
         self._exact.update(exemptions.structural(model, self.exempt))
 
-    def _connect(self, group: dist.ProcessGroup) -> Metered:
-        """Make a group of our own out of `group`'s ranks, check that they agree, and compile. Collective."""
-        ranks = dist.get_process_group_ranks(group)
-        timeout = _timeout(group)
-        # Synchronized among these ranks only: a sub-group must not need the rest of the world.
-        own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
-        transport = Metered(ProcessGroupTransport(own))
-        layers = [(name, self.codes(p)) for name, p in zip(self._names, self._numbers, strict=True)]
-        agree_on(
-            {
-                "terncomm version": __version__,
-                "codec": repr(self.codec),
-                "seed": self.seed,
-                "skip": list(self.skip),
-                "min_numel": self.min_numel,
-                "warmup_steps": self.warmup_steps,
-                "exchange": self.exchange,
-                "exempt": sorted(self.exempt),
-                "parameters": zlib.crc32(repr(layers).encode()),
-            },
-            transport,
-            device=home_of(own),
-        )
+    def _configuration(self) -> dict[str, Any]:
+        """What must be equal on all ranks."""
+        return {
+            "terncomm version": __version__,
+            "codec": repr(self.codec),
+            "seed": self.seed,
+            "skip": list(self.skip),
+            "min_numel": self.min_numel,
+            "warmup_steps": self.warmup_steps,
+            "exchange": self.exchange,
+            "exempt": sorted(self.exempt),
+            "coded parameters": [n for n, p in zip(self._names, self._numbers, strict=True) if self.codes(p)],
+        }
+
+    def _connect(self, transport: Metered) -> Metered:
+        """Use this transport from now on."""
         self._transport = transport
         self._sent_before = 0
-        ops.compile_kernels()
         return transport
 
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         flat = bucket.buffer()
-        transport = self._transport or self._connect(dist.distributed_c10d._get_default_group())
+        if flat.layout != torch.strided:
+            raise TypeError(f"sparse gradients are not supported yet, got a bucket of layout {flat.layout}")
+        transport = self._transport
+        if transport is None:
+            group = self._group or dist.distributed_c10d._get_default_group()
+            transport = self._connect(_agreed(group, self._configuration()))
         if bucket.index() == 0:  # the first of a backward pass; one that is aborted later shifts nothing
             self._step += 1
             self._counts["steps"] += 1
@@ -201,8 +219,11 @@ class CommState:
         if not self._enabled or self._step < self.warmup_steps or transport.world_size == 1:
             coded, exact = Segments(()), Segments([flat.numel()])
         key = Key(self.seed, self._step, bucket.index())
+        threads = torch.get_num_threads()
 
         def job() -> torch.Tensor:
+            if torch.get_num_threads() != threads:  # torch keeps the number per thread
+                torch.set_num_threads(threads)
             return self._run(flat, coded, exact, key, transport)
 
         if flat.is_cuda:
@@ -216,7 +237,8 @@ class CommState:
             self._later.pop(0).check()
 
     def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key, transport: Metered) -> torch.Tensor:
-        self._watch_clipping(flat, coded, key.step)
+        with self._clock("encode"):
+            complaint = self._watch_clipping(flat, coded, key.step)
         codec = self.codec if len(coded) else None
         all_reduce_mean(
             flat,
@@ -234,6 +256,11 @@ class CommState:
         counts["exact_bytes"] += float_traffic(exact.numel, flat.element_size(), transport.world_size)
         counts["coded_numel"] += coded.numel
         counts["exact_numel"] += exact.numel
+        if complaint is not None and transport.rank == 0:
+            try:
+                warnings.warn(complaint, stacklevel=2)
+            except UserWarning:  # a filter made it an error: one rank alone must not stop for advice
+                _log.warning(complaint)
         return flat
 
     def _layout(self, bucket: GradBucket) -> tuple[Segments, Segments]:
@@ -257,23 +284,24 @@ class CommState:
     def _name(self, number: int) -> str:
         return self._names[number] if number < len(self._names) else f"parameter {number}"
 
-    def _watch_clipping(self, flat: torch.Tensor, coded: Segments, step: int) -> None:
+    def _watch_clipping(self, flat: torch.Tensor, coded: Segments, step: int) -> str | None:
+        """Note what clipping takes from each layer, now and then; complain once if it is much."""
         since = step - self.warmup_steps
         if len(coded) == 0 or (since >= _CLIP_STEPS and since % _CLIP_EVERY):
-            return
+            return None
         lost = self.codec.norm_lost(flat, coded)
         if lost is None:
-            return
-        for number, share in zip(coded.layers.tolist(), lost.tolist(), strict=True):
-            self._clip_lost[number] = share
-            if share > _CLIP_WARNING and not self._clip_warned:
-                self._clip_warned = True
-                warnings.warn(
-                    f"clipping takes {share:.0%} of the gradient norm of {self._name(number)}: its gradient is far "
-                    "from Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; "
-                    "state.stats() has the share of every layer (clip_norm_lost/...).",
-                    stacklevel=2,
-                )
+            return None
+        self._clip_lost.update(zip(coded.layers.tolist(), lost.tolist(), strict=True))
+        share, worst = lost.max(dim=0)
+        if share <= _CLIP_WARNING or self._clip_warned:
+            return None
+        self._clip_warned = True
+        return (
+            f"clipping takes {share:.0%} of the gradient norm of {self._name(int(coded.layers[worst]))}: its gradient "
+            "is far from Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; "
+            "state.stats() has the share of every layer (clip_norm_lost/...)."
+        )
 
 
 def comm_hook(state: CommState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -317,18 +345,32 @@ def register(
             f"this DDP model already has a communication hook, {hook}, and DDP takes one for life. Make a new "
             "DistributedDataParallel for another; a terncomm hook is switched with state.disable() and state.enable()."
         )
-    state = CommState(
-        codec,
-        skip=skip,
-        min_numel=min_numel,
-        warmup_steps=warmup_steps,
-        exchange=exchange,
-        seed=seed,
-        exempt=exempt,
-        named_parameters=ddp.module.named_parameters(),
-    )
-    state._adopt(ddp.module)
-    state._connect(ddp.process_group)
+    state: CommState | None = None
+    refusal: Exception | None = None
+    try:
+        state = CommState(
+            codec,
+            skip=skip,
+            min_numel=min_numel,
+            warmup_steps=warmup_steps,
+            exchange=exchange,
+            seed=seed,
+            exempt=exempt,
+            named_parameters=ddp.module.named_parameters(),
+            process_group=ddp.process_group,
+        )
+        state._adopt(ddp.module)
+    except (TypeError, ValueError) as error:
+        refusal = error
+    try:
+        transport = _agreed(ddp.process_group, state._configuration() if state else {"refused": str(refusal)})
+    except ConfigurationsDiffer:
+        if refusal is None:
+            raise
+    if state is None:
+        assert refusal is not None
+        raise refusal
+    state._connect(transport)
     ddp.register_comm_hook(state, comm_hook)
     if dist.get_rank(ddp.process_group) == 0:
         parameters = list(state._numbers)
@@ -342,7 +384,19 @@ def register(
     return state
 
 
+def _agreed(group: dist.ProcessGroup, configuration: dict[str, Any]) -> Metered:
+    """A transport over a process group of our own, of `group`'s ranks, once all of them agree. Collective."""
+    # Synchronized among these ranks only: a sub-group must not need the rest of the world.
+    ranks = dist.get_process_group_ranks(group)
+    own = dist.new_group(ranks, timeout=_timeout(group), use_local_synchronization=True)
+    transport = Metered(ProcessGroupTransport(own))
+    agree_on(configuration, transport, device=home_of(own))
+    return transport
+
+
 def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"wanted a DistributedDataParallel model, got {model!r}")
     inner: Any = model
     while not isinstance(inner, DistributedDataParallel):
         for attribute in ("_orig_mod", "_forward_module"):

@@ -21,8 +21,8 @@ def structural(model: nn.Module, groups: Collection[str]) -> dict[torch.Tensor, 
     """Parameters of embeddings and of the output head, found by structure, each with its group.
 
     An embedding is the weight of an `nn.Embedding` or `nn.EmbeddingBag`, tied uses included. The output head is the
-    last linear layer in the order of registration, provided that it is not the only weight matrix; a linear layer with
-    one output per row of an embedding (a language model's head) is one too.
+    last linear layer in the order of registration, provided that it is not the only weight matrix; so is, of the layers
+    that widen to one output per row of an embedding, the last (a language model's head, wherever it is registered).
     """
     found: dict[torch.Tensor, str] = {}
     vocabularies = set()
@@ -34,7 +34,8 @@ def structural(model: nn.Module, groups: Collection[str]) -> dict[torch.Tensor, 
     if "head" in groups:
         matrices = [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
         linear = [m for m in matrices if isinstance(m, nn.Linear)]
-        heads = [m for m in linear if m.out_features in vocabularies]
+        widening = {m.out_features: m for m in linear if m.out_features > m.in_features}  # the last of each width
+        heads = [m for width, m in widening.items() if width in vocabularies]
         if linear and len(matrices) > 1:
             heads.append(linear[-1])
         for head in heads:

@@ -4,7 +4,6 @@ No collective is ever issued from a `.then` callback. Callbacks run in completio
 rank; collectives issued from them pair up wrongly, on gloo without any error.
 """
 
-import atexit
 import queue
 import threading
 import weakref
@@ -29,16 +28,13 @@ class OrderedWorker:
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Job, torch.futures.Future[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._closer: Callable[[], None] | None = None
 
     def submit(self, job: Job) -> torch.futures.Future[torch.Tensor]:
         """Queue a job; the future holds its result, or raises its error in its own words."""
         if self._thread is None:
             self._thread = threading.Thread(target=_run, args=(self._jobs,), name="terncomm", daemon=True)
             self._thread.start()
-            jobs, thread = self._jobs, self._thread
-            self._closer = weakref.finalize(self, _close, jobs, thread)
-            atexit.register(self._closer)
+            weakref.finalize(self, _close, self._jobs, self._thread)  # runs at interpreter exit too
         outcome: torch.futures.Future[Any] = torch.futures.Future()
         self._jobs.put((job, outcome))
         # An exception set on a future that DDP holds surfaces as a cast error; one raised in `then` keeps its words.

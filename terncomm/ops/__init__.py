@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -47,24 +47,39 @@ _log = logging.getLogger("terncomm")
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Hold this host's compile lock, so that one process compiles and the others find its cache."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
     try:
         import fcntl
-    except ImportError:  # no flock on this platform: every process compiles for itself
+
+        lock = open(os.path.join(tempfile.gettempdir(), f"terncomm-compile-{user}.lock"), "w")  # noqa: SIM115
+    except (ImportError, OSError):  # no flock, or nowhere to lock: every process compiles for itself
         yield
         return
-    path = os.path.join(tempfile.gettempdir(), f"terncomm-compile-{os.getuid()}.lock")
-    with open(path, "w") as lock:
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-@lru_cache(maxsize=1)
+def _import_kernels() -> ModuleType:
+    try:
+        return importlib.import_module("terncomm.ops.cpu")
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        import numba  # a read-only installation and no home folder: keep the cache among temporary files
+
+        numba.config.CACHE_DIR = os.path.join(tempfile.gettempdir(), "terncomm-numba")  # type: ignore[attr-defined]
+        return importlib.import_module("terncomm.ops.cpu")
+
+
+@cache
 def compile_kernels() -> ModuleType:
     """Compile the CPU kernels, or load them from Numba's cache; log how long it took. Returns their module."""
     begin = time.perf_counter()
     try:
+        importlib.import_module("numba")  # not under the lock: only compiling needs to be done once
         with _one_at_a_time():
-            module = importlib.import_module("terncomm.ops.cpu")
+            module = _import_kernels()
     except ImportError as error:
         _log.warning("Numba is not usable (%s): encoding on the CPU falls back to plain torch, ~80x slower", error)
         return reference

@@ -10,8 +10,14 @@ _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None
 
 
 def home_of(group: dist.ProcessGroup) -> torch.device:
-    """The kind of device whose tensors the group's backend moves: CUDA for NCCL, else the CPU."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    """A device whose tensors the group's backends move: the CPU if one of them does, else CUDA."""
+    kinds = {device.type for device in group._device_types}
+    return torch.device("cpu" if "cpu" in kinds else "cuda")
+
+
+def _staged(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether payloads on `device` must go through the host: CUDA tensors, and the group has no NCCL."""
+    return device.type == "cuda" and group._get_backend(device).name() != "nccl"
 
 
 class ProcessGroupTransport:
@@ -24,7 +30,6 @@ class ProcessGroupTransport:
         self._group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self._home = home_of(group)
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
@@ -45,6 +50,6 @@ class ProcessGroupTransport:
         return out.to(rows.device)
 
     def _at_home(self, payload: torch.Tensor) -> torch.Tensor:
-        if payload.device.type != self._home.type:
-            payload = payload.to(self._home)
+        if _staged(self._group, payload.device):
+            payload = payload.cpu()
         return payload.contiguous()
