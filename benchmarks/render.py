@@ -21,25 +21,26 @@ def table(titles: list[str], lines: list[list[str]]) -> str:
 
 
 def digits() -> str:
-    found = rows("digits/results.csv")
-    one = found[0]
+    seeds = [rows(f"digits/{name}") for name in ("results.csv", "seed1/results.csv", "seed2/results.csv")]
+    one = seeds[0][0]
     lines = [
         [
-            row["codec"],
-            f"{float(row['test_accuracy']):.2%}",
-            f"{float(row['test_loss']):.4f}",
-            f"{float(row['sent_mb_per_rank']):.1f}",
-            f"{float(row['bytes_per_element_per_step']):.3f}",
-            f"{float(row['fewer_bytes_than_none']):.2f}x",
+            same[0]["codec"],
+            " / ".join(f"{float(row['test_accuracy']):.1%}" for row in same),
+            f"{sum(float(row['test_loss']) for row in same) / len(same):.3f}",
+            f"{float(same[0]['sent_mb_per_rank']):.1f}",
+            f"{float(same[0]['bytes_per_element_per_step']):.3f}",
+            f"{float(same[0]['fewer_bytes_than_none']):.2f}x",
         ]
-        for row in found
+        for same in zip(*seeds, strict=True)
     ]
     told = (
-        f"{one['epochs']} epochs, W = {one['world_size']}, {one['link']}, seed {one['seed']}; {one['machine']}; "
-        f"torch {one['torch']}; commit {one['commit']}, {one['date']}. Bytes of none and fp16: the ring's formula; of "
-        "the others: counted as sent, everything included."
+        f"{one['epochs']} epochs, W = {one['world_size']}, {one['link']}; {one['machine']}; torch {one['torch']}; commit "
+        f"{' and '.join(dict.fromkeys(seed[0]['commit'] for seed in seeds))}, {one['date']}. Bytes of none and fp16: the "
+        "ring's formula; of the others: counted as sent, everything included."
     )
-    titles = ["codec", "test accuracy", "test loss", "MB sent per rank", "bytes per element and step", "fewer bytes"]
+    accuracy = f"test accuracy, seeds {' / '.join(seed[0]['seed'] for seed in seeds)}"
+    titles = ["codec", accuracy, "mean test loss", "MB sent per rank", "bytes per element and step", "fewer bytes"]
     return f"{table(titles, lines)}\n\n{told}"
 
 

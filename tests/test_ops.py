@@ -146,7 +146,10 @@ def test_the_largest_magnitude_always_takes_the_largest_code():
     for levels in (1, 127):
         for step in range(3):
             keys = Key(0, step).streams(layers.layers, rank=0, world_size=1)
-            codes = cpu.encode(scales, layers, reference.rounding(scales, scales, keys, levels))
+            how = reference.rounding(scales, scales, keys, levels)
+            product = how.scale.double() * (scales * how.lift).double()
+            assert (product >= levels * 2**24)[scales > 0].all(), "rounded down, one code in 2^24 would be too small"
+            codes = cpu.encode(scales, layers, how)
             assert (codes == levels)[scales > 0].all()
 
 

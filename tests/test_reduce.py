@@ -85,6 +85,17 @@ def test_scales_are_shared_by_their_maximum():
     assert set(reduce(Ternary(clip=None), gradients, Segments([4000])).abs().tolist()) == {0.5, 1.0}
 
 
+def test_each_rank_clips_at_its_own_limit():
+    """As published: clip locally, then share the maximum. Rank 0's outliers are cut at rank 0's c sigma."""
+    gradients = torch.stack([gaussian(20_000), 10 * gaussian(20_000, seed=1)])
+    gradients[0, :100] = 8.0
+    limit = Ternary(clip=2.5).measure(gradients[0], Segments([20_000])).item()
+    assert limit < 3.5
+    gradients[1, :100] = 0.0
+    draws = [reduce(Ternary(clip=2.5), gradients, Segments([20_000]), key=Key(0, step))[:100] for step in range(60)]
+    assert torch.stack(draws).mean() == pytest.approx(limit / 2, rel=0.15)
+
+
 def test_the_cut_of_a_buffer_does_not_change_the_result():
     """Two layers in one buffer, or each in its own: the same bits, for noise is keyed by layer."""
     gradients = gaussian(4, 6000)
