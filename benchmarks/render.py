@@ -34,10 +34,11 @@ def digits() -> str:
         ]
         for same in zip(*seeds, strict=True)
     ]
+    commits = " and ".join(dict.fromkeys(seed[0]["commit"] for seed in seeds))
     told = (
-        f"{one['epochs']} epochs, W = {one['world_size']}, {one['link']}; {one['machine']}; torch {one['torch']}; commit "
-        f"{' and '.join(dict.fromkeys(seed[0]['commit'] for seed in seeds))}, {one['date']}. Bytes of none and fp16: the "
-        "ring's formula; of the others: counted as sent, everything included."
+        f"{one['epochs']} epochs, W = {one['world_size']}, {one['link']}; {one['machine']}; torch {one['torch']}; "
+        f"commit {commits}, {one['date']}. Bytes of none and fp16: the ring's formula; of the others: counted as sent, "
+        "everything included."
     )
     accuracy = f"test accuracy, seeds {' / '.join(seed[0]['seed'] for seed in seeds)}"
     titles = ["codec", accuracy, "mean test loss", "MB sent per rank", "bytes per element and step", "fewer bytes"]
