@@ -200,7 +200,7 @@ def all_reduce_mean(
         raise ValueError(f"{len(segments)} segments to be coded and no codec; give a codec, or name them in exact=")
     if codec is not None and not isinstance(codec, Codec):
         raise TypeError(f"codec must be a terncomm codec such as terncomm.Ternary(), got {codec!r}")
-    key = Key(key) if isinstance(key, int) else key
+    key = key if isinstance(key, Key) else Key(key)
     clock = clock or Clock()
     rank, world_size = transport.rank, transport.world_size
     checksum = _checksum(codec, segments, exact, flat.dtype, exchange)

@@ -205,6 +205,7 @@ def test_ranks_out_of_step_get_an_error_naming_both_sides(change, words):
         (torch.zeros(4, 4).T[0], {}, ValueError, "contiguous"),
         (torch.zeros(4), {"exchange": "ring"}, ValueError, "got 'ring'"),
         (torch.zeros(4), {"codec": None}, ValueError, "no codec"),
+        (torch.zeros(4), {"key": (0, 1)}, TypeError, "seed must be an int, got \\(0, 1\\)"),
         (torch.zeros(4), {"codec": "terngrad"}, TypeError, "codec must be a terncomm codec"),
     ],
 )
