@@ -97,6 +97,14 @@ def reduced(codec, exchange, cap, dtype=torch.float32, micro_batches=1):
     return told, state.stats()["steps"]
 
 
+def same_data():
+    """The gradient of a layer of which all ranks have the same, by TernGrad without clipping."""
+    model = DistributedDataParallel(mlp())
+    terncomm.register(model, Ternary(clip=None))
+    backward(model, 0, 0)
+    return model.module[2].weight.grad
+
+
 class Pause(torch.autograd.Function):
     """Backward takes a while, now and then, on each rank elsewhere."""
 
@@ -526,9 +534,17 @@ def expected(told, step, codec, exchange="auto", orders=None):
             return all_reduce_mean(flat, part(coded), codec_for(codec), transport, **options)
 
         rows = LocalTransport.run(len(told), work)
-        for number, piece in zip(order, rows[0].split(sizes.tolist()), strict=True):
-            mean[number] = piece.view_as(own[0][number])
+        for number, piece, is_coded in zip(order, rows[0].split(sizes.tolist()), coded.tolist(), strict=True):
+            mean[number] = piece.view_as(own[0][number]) if is_coded else ordered_mean([row[number] for row in own])
     return mean
+
+
+def ordered_mean(rows):
+    """What travels exactly: added in rank order, at least in float32, then divided."""
+    total = torch.zeros_like(rows[0], dtype=torch.promote_types(rows[0].dtype, torch.float32))
+    for row in rows:
+        total += row
+    return (total / len(rows)).to(rows[0].dtype)
 
 
 def check(told, codec, exchange="auto", orders=None):
@@ -588,6 +604,13 @@ def test_gradient_of_int8_is_that_of_the_path_in_the_same_buckets(on_ranks, worl
         mean = torch.cat([torch.stack(row).mean(0).flatten() for row in zip(*(r[step][0] for r in told), strict=True)])
         ours = torch.cat([gradient.flatten() for gradient in told[0][step][1]])
         assert (ours - mean).norm() < 0.03 * mean.norm()
+
+
+def test_ranks_round_independently(on_ranks):
+    # Ranks with equal gradients and equal noise would agree in every code, and leave the three levels of one of them.
+    levels = on_ranks(2, same_data)[0].unique()
+    assert len(levels) == 5
+    assert torch.allclose(levels, levels[-1] * torch.tensor([-1, -0.5, 0, 0.5, 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
