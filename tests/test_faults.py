@@ -1,4 +1,4 @@
-"""Ranks that die, fail, stay away or differ: every other rank says why, in time. Functions up to the tests run on ranks."""
+"""Ranks that die, fail, stay away or differ: every other rank says why, in time. Functions up to the tests run there."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import run_job
+from forked import run_job
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

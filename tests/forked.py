@@ -34,7 +34,7 @@ def run_job(
 ) -> list[Ended]:
     """`target(*args)` on every rank of a gloo world; rank 0 serves the store. Fails if a rank outlives `limit_s`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jobs_server", target.__module__])
+    context.set_forkserver_preload(["forked_server", target.__module__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
