@@ -1,4 +1,4 @@
-"""Ranks that die, fail, stay away or differ: every other rank says why, in time. Functions up to the tests run there."""
+"""Ranks that die, fail, stay away or differ: every other one says why, in time. Functions up to the tests run there."""
 
 import os
 import signal
