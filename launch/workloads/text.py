@@ -49,7 +49,7 @@ def text(options: argparse.Namespace) -> Workload:
         test=test,
         lr=2e-3,
         optimizer=lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
-        steps_per_epoch=100,
+        steps_per_epoch=40,
         test_batch=16,
         fingerprint=f"{options.tokens} of a text with CRC {zlib.crc32(content.encode()):08x}",
     )
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
     words they are most of the parameters, with bytes next to none.
     """
 
-    def __init__(self, vocabulary: int, width: int = 192, layers: int = 3, heads: int = 6) -> None:
+    def __init__(self, vocabulary: int, width: int = 128, layers: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(vocabulary, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
