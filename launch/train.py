@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", choices=["words", "bytes"], default="words", help="what --data text predicts")
     parser.add_argument("--codec", choices=["none", "fp16", "int8", "terngrad"], default="terngrad")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--steps-per-epoch", type=int, help="at most so many (default: all data; at most 40 for text)")
+    parser.add_argument("--steps-per-epoch", type=int, help="at most so many (default: all data; at most 30 for text)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per rank and step (default: %(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate at the start (default: the data's own)")
     parser.add_argument("--seed", type=int, default=0)

@@ -49,7 +49,7 @@ def text(options: argparse.Namespace) -> Workload:
         test=test,
         lr=2e-3,
         optimizer=lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
-        steps_per_epoch=40,
+        steps_per_epoch=30,
         test_batch=16,
         fingerprint=f"{options.tokens} of a text with CRC {zlib.crc32(content.encode()):08x}",
     )
