@@ -177,6 +177,7 @@ def test_crops_follow_from_seed_epoch_and_image():
     assert torch.equal(augmented(1, 5), augmented(1, 2, 3, 5))
     assert not torch.equal(augmented(1, 5), augmented(1, 4))
     assert not torch.equal(augmented(1, 5), augmented(5, 1))
+    assert not torch.equal(augmented(1, 5), augmented(2, 5))
 
     framed = functional.pad((pixels / 255 - MEAN) / STD, [4] * 4)
     seen = set()
