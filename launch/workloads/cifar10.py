@@ -92,6 +92,8 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 class Residual(nn.Module):
     """Two convolutions of 3 x 3, added to their input; a shortcut without parameters (option A of the paper).
 
+    The last norm begins at zero, a block as its shortcut (P. Goyal et al. Accurate, Large Minibatch SGD. 2017, 5.1).
+
     Shapes: (B, inputs, H, W) -> (B, outputs, H / stride, W / stride).
     """
 
@@ -102,6 +104,7 @@ class Residual(nn.Module):
             *(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU()),
             *(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs)),
         )
+        nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, outputs, H / stride, W / stride)."""
