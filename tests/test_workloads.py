@@ -246,7 +246,7 @@ def test_text_that_cannot_be_used(tmp_path):
 
 
 def train(*options):
-    return torchrun(ROOT / "launch" / "train.py", "--epochs=4", "--batch-size=4", *options)
+    return torchrun(ROOT / "launch" / "train.py", "--epochs=3", "--batch-size=4", *options)
 
 
 @pytest.mark.slow
@@ -254,22 +254,21 @@ def train(*options):
 def test_resumed_run_is_the_whole_run_bit_for_bit(tmp_path, cifar_dir, data):
     text = tmp_path / "text"
     text.write_text(" ".join(f"word{i * i % 97}" for i in range(4000)))
-    options = ["--data=cifar10", f"--data-dir={cifar_dir}", "--codec=terngrad"]
+    options, steps = ["--data=cifar10", f"--data-dir={cifar_dir}", "--codec=terngrad"], 5  # ceil(ceil(39 / 2) / 4)
     if data == "text":
-        options = ["--data=text", f"--text={text}", "--steps-per-epoch=3", "--codec=int8"]
+        options, steps = ["--data=text", f"--text={text}", "--steps-per-epoch=3", "--codec=int8"], 3
     whole, killed, metrics = tmp_path / "whole.pt", tmp_path / "killed.pt", tmp_path / "metrics.jsonl"
     ended_but_copied(train(*options, f"--checkpoint={whole}"), whole, killed)
     printed = ended(train(*options, f"--checkpoint={killed}", f"--metrics={metrics}"))
     assert "resumed from" in printed
-    assert 1 <= printed.count("test accuracy") < 4, "the checkpoint was copied too late"
+    assert 1 <= printed.count("test accuracy") < 3, "the checkpoint was copied too late"
     expected, found = torch.load(whole), torch.load(killed)
-    assert found["epoch"] == expected["epoch"] == 4
+    assert found["epoch"] == expected["epoch"] == 3
     assert found["compression"] == expected["compression"]
     for part in ("network", "optimizer", "schedule"):
         torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
     records = read(metrics)
-    assert records[3]["step"] == 4 * (5 if data == "cifar10" else 3)
-    assert records[3]["train_loss"] < records[0]["train_loss"]
+    assert [record["step"] for record in records] == [steps, 2 * steps, 3 * steps]
 
 
 @pytest.mark.slow
