@@ -305,7 +305,7 @@ def all_reduce_mean_sparse(
         for rank, where in enumerate(place.split(counts)):
             total.index_add_(0, where, rows[1][rank, : counts[rank]].to(wide))
         mean = (total / world_size).to(values.dtype)
-    return torch.sparse_coo_tensor(together.T, mean, gradient.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(together.T, mean, gradient.shape, is_coalesced=True, check_invariants=False)
 
 
 def _gather_padded(part: torch.Tensor, length: int, transport: Transport) -> torch.Tensor:

@@ -23,6 +23,7 @@ from terncomm.version import __version__
 
 _log = logging.getLogger("terncomm")
 
+_sparse_warned = False  # once in a process
 _CLIP_WARNING = 0.3  # share of a layer's gradient norm
 _CLIP_STEPS, _CLIP_EVERY = 3, 100  # the first coded steps, and every so many after, are looked at
 
@@ -92,7 +93,8 @@ class CommState:
         self._enabled = self._enabled_next = True
         self._clip_lost: dict[int, float] = {}
         self._clip_unread: dict[tuple[int, ...], torch.Tensor] = {}  # shares that are still on a CUDA device
-        self._clip_warned = self._sparse_warned = False
+        self._clip_warned = False
+        self._copied = False
         self._group = process_group
         self._detach()
         self.reset_stats()
@@ -116,6 +118,7 @@ class CommState:
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         vars(self).update(saved)
+        self._copied = True
         self._group = None
         self._detach()
         self.reset_stats()
@@ -260,12 +263,11 @@ class CommState:
         if buffer.layout != torch.strided:
             raise TypeError(f"gradients must be dense or sparse_coo, got a bucket of layout {buffer.layout}")
         coded, exact = self._layout(bucket)
-        flat = torch.view_as_real(buffer).view(-1) if buffer.is_complex() else buffer
-        if not self._enabled or self._step < self.warmup_steps or transport.world_size == 1 or buffer.is_complex():
-            coded, exact = Segments(()), Segments([flat.numel()])
+        if not self._enabled or self._step < self.warmup_steps or transport.world_size == 1:
+            coded, exact = Segments(()), Segments([buffer.numel()])
 
         def work() -> torch.Tensor:
-            self._run(flat, coded, exact, key, transport)
+            self._run(buffer, coded, exact, key, transport)
             return buffer
 
         return work
@@ -309,11 +311,12 @@ class CommState:
         return mean
 
     def _warn_of_sparse(self, bucket: GradBucket, transport: Metered) -> None:
-        if self._sparse_warned:
-            return
-        self._sparse_warned = True
-        names = ", ".join(self._name(self._number(parameter)) for parameter in bucket.parameters())
-        _advise(f"the gradient of {names} is sparse: its rows are gathered from all ranks, exactly", transport)
+        global _sparse_warned
+        if not _sparse_warned:
+            _sparse_warned = True
+            name = self._name(self._number(bucket.parameters()[0]))
+            text = f"the gradient of {name} is sparse: the rows of such gradients are gathered from all ranks, exactly"
+            _advise(text, transport)
 
     def _layout(self, bucket: GradBucket) -> tuple[Segments, Segments]:
         """The coded and the exact layers of a bucket; DDP rebuilds buckets, so they are known by their parameters."""
@@ -324,15 +327,21 @@ class CommState:
             exact: list[tuple[int, int, int]] = []
             offset = 0
             for parameter in parameters:
-                row = (parameter.numel(), offset, self._number(parameter))
+                size = parameter.numel() * (2 if parameter.is_complex() else 1)  # DDP flattens complex to real
+                row = (size, offset, self._number(parameter))
                 (coded if self.codes(parameter) else exact).append(row)
-                offset += parameter.numel()
+                offset += size
             if offset != bucket.buffer().numel():
                 raise RuntimeError(f"a bucket of {bucket.buffer().numel()} elements holds parameters of {offset}")
             self._layouts[identity] = _segments(coded), _segments(exact)
         return self._layouts[identity]
 
     def _number(self, parameter: torch.Tensor) -> int:
+        if self._copied and self._names and parameter not in self._numbers:
+            raise RuntimeError(
+                "this CommState was copied or pickled without its model, and knows none of these parameters. Make a "
+                "new one with the model's named_parameters, and give it load_state_dict(old.state_dict())."
+            )
         return self._numbers.setdefault(parameter, len(self._numbers))
 
     def _name(self, number: int) -> str:

@@ -97,9 +97,9 @@ def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
         kernels.peaks(values.view(np.int32), offsets, sizes, begin, end, tops)
 
     _by_chunks(flat, chunks, int(chunks.lengths.clamp(min=1).amax()) if len(chunks) else 1, work)
-    out = np.zeros(len(segments), np.int32)
-    np.maximum.at(out, np.repeat(np.arange(len(out)), -(-segments.lengths.numpy() // _SCRATCH)), tops)
-    return torch.from_numpy(out).view(torch.float32)
+    out = torch.zeros(len(segments), dtype=torch.int32)
+    np.maximum.at(out.numpy(), np.repeat(np.arange(len(out)), -(-segments.lengths.numpy() // _SCRATCH)), tops)
+    return out.view(torch.float32)
 
 
 def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
