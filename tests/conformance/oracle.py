@@ -117,8 +117,8 @@ def delay(network: nn.Module, longest_s: float = 0.003) -> None:
 # ---- in the test's process -------------------------------------------------------------------------------------------
 
 
-def is_coded(gradient: torch.Tensor) -> bool:
-    return gradient.dim() > 1 and gradient.numel() >= 1024 and gradient.is_floating_point()
+def is_coded(gradient: torch.Tensor, min_numel: int = 1024) -> bool:
+    return gradient.dim() > 1 and gradient.numel() >= min_numel and gradient.is_floating_point()
 
 
 def exact_mean(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -129,14 +129,16 @@ def exact_mean(rows: list[torch.Tensor]) -> torch.Tensor:
     return (total / len(rows)).to(rows[0].dtype)
 
 
-def mean_of(own: list[Gradients], codec: str | Codec, step: int, seed: int = SEED) -> dict[int, torch.Tensor]:
+def mean_of(
+    own: list[Gradients], codec: str | Codec, step: int, seed: int = SEED, min_numel: int = 1024
+) -> dict[int, torch.Tensor]:
     """The ranks' own gradients -> {parameter number: mean}, of those that some rank has."""
     some = [next((g for g in row if g is not None), None) for row in zip(*own, strict=True)]
     rows = {n: [g[n] if g[n] is not None else torch.zeros_like(like) for g in own] for n, like in enumerate(some)
             if like is not None}  # fmt: skip
     mean = {n: exact_mean(row) for n, row in rows.items()}
     for dtype in {row[0].dtype for row in rows.values()}:
-        coded = [n for n, row in rows.items() if row[0].dtype == dtype and is_coded(row[0])]
+        coded = [n for n, row in rows.items() if row[0].dtype == dtype and is_coded(row[0], min_numel)]
         if coded:
             segments = Segments([mean[n].numel() for n in coded], layers=coded)
 
@@ -150,7 +152,9 @@ def mean_of(own: list[Gradients], codec: str | Codec, step: int, seed: int = SEE
     return mean
 
 
-def check(told: list[Told], codec: str | Codec, *, seed: int = SEED, steps: list[int] | None = None) -> None:
+def check(
+    told: list[Told], codec: str | Codec, *, seed: int = SEED, steps: list[int] | None = None, min_numel: int = 1024
+) -> None:
     """Every rank's gradients of every step are the expected ones, bit for bit, and some of them were coded.
 
     `steps` are the numbers of the steps that were told; a rank that tells of fewer steps than rank 0 must have had a
@@ -159,8 +163,8 @@ def check(told: list[Told], codec: str | Codec, *, seed: int = SEED, steps: list
     assert told[0]
     assert {len(rank) for rank in told} == {len(told[0])}
     for number, key in enumerate(range(len(told[0])) if steps is None else steps):
-        mean = mean_of([rank[number][0] for rank in told], codec, key, seed)
-        assert any(is_coded(gradient) for gradient in mean.values())
+        mean = mean_of([rank[number][0] for rank in told], codec, key, seed, min_numel)
+        assert any(is_coded(gradient, min_numel) for gradient in mean.values())
         for rank, steps_of_rank in enumerate(told):
             for n, gradient in enumerate(steps_of_rank[number][1]):
                 where = f"step {key}, rank {rank}, parameter {n}"
