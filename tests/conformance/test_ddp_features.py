@@ -29,9 +29,9 @@ def forward_backward(step):
 # ---- buckets ---------------------------------------------------------------------------------------------------------
 
 
-def trained(codec, cap, steps, options):
+def trained(codec, cap, steps, options, exchange="auto"):
     """SGD with delays that differ by rank; what was told, and the buckets of the first and of the later steps."""
-    twins = Twins(made(), codec, {"bucket_cap_mb": cap, **options})
+    twins = Twins(made(), codec, {"bucket_cap_mb": cap, **options}, exchange=exchange)
     oracle.delay(twins.network)
     for step in range(steps):
         twins.step(forward_backward(step), rate=0.5)
@@ -63,9 +63,11 @@ def in_threads(codec, threads):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize(("world_size", "codec", "cap"), [(2, "terngrad", MANY), (3, "int8", 0.02)])
-def test_long_runs_with_delays_are_those_of_the_path(on_ranks, world_size, codec, cap):
-    told = on_ranks(world_size, trained, codec, cap, 60, {})
+@pytest.mark.parametrize(
+    ("world_size", "codec", "cap", "exchange"), [(2, "terngrad", MANY, "gather"), (3, "int8", 0.02, "two_phase")]
+)
+def test_long_runs_with_delays_are_those_of_the_path(on_ranks, world_size, codec, cap, exchange):
+    told = on_ranks(world_size, trained, codec, cap, 60, {}, exchange)
     check([steps for steps, *_ in told], codec)
     for _, parameters, (first, rebuilt) in told:
         assert same(parameters, told[0][1])
@@ -76,8 +78,8 @@ def test_long_runs_with_delays_are_those_of_the_path(on_ranks, world_size, codec
 def test_buckets_change_no_bit(on_ranks, codec):
     counts = set()
     runs = []
-    for cap in (MANY, 0.009, 0.02, ONE):
-        (one, parameters, buckets), (other, *_), *_ = on_ranks(3, trained, codec, cap, 4, {})
+    for cap, exchange in ((MANY, "two_phase"), (0.009, "gather"), (0.02, "auto"), (ONE, "two_phase")):
+        (one, parameters, buckets), (other, *_), *_ = on_ranks(3, trained, codec, cap, 4, {}, exchange)
         assert all(same(a[1], b[1]) for a, b in zip(one, other, strict=True))
         counts.add(buckets[1].count(",") + 1)
         runs.append(parameters)
