@@ -10,7 +10,7 @@ Two algorithms, bit-equal to each other on every rank. Bytes each rank sends for
 message round less.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from terncomm.wire import Packing, SumFormat, packing_for
 
 ALGORITHMS = ("auto", "gather", "two_phase")
 SMALL = 8192  # bytes; about what a message round of 1 ms moves at 100 Mbit/s
+_PIECE = 1 << 16  # floats added at a time
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,22 @@ class Piece:
             ops.unpack_decode(self.rows, self.packing, segments, unit, *where, out)
 
 
-def run(packed: torch.Tensor, plan: Plan, returned: SumFormat | None, transport: Transport) -> Iterator[Piece]:
-    """Packed rows of this rank's codes -> the sums over ranks, piece by piece.
+def run(
+    fill: Callable[[int, torch.Tensor], None],
+    plan: Plan,
+    returned: SumFormat | None,
+    transport: Transport,
+    device: torch.device,
+) -> Iterator[Piece]:
+    """This rank's codes -> the sums over ranks, piece by piece.
 
-    packed: (1, k) for `gather`, (W, k) for `two_phase`, uint8; row r holds plan.rows[r].
+    fill: called with a row and its place, (k,) uint8 on `device`, to pack the codes plan.rows[row] there.
     returned: the format in which sums travel back, `None` for exact. All collectives are done before the first piece.
     """
     owned = plan.owned
+    packed = torch.empty((len(plan.rows), plan.packing.nbytes(plan.packed_length)), dtype=torch.uint8, device=device)
+    for row in range(len(plan.rows)):
+        fill(row, packed[row])
     if plan.algorithm == "gather":
         received = transport.all_gather(packed[0])
         whole = Piece(0, plan.edges[-1], received, plan.packing, plan.packed_length)
@@ -135,6 +145,7 @@ def run(packed: torch.Tensor, plan: Plan, returned: SumFormat | None, transport:
             for row, (begin, end) in enumerate(owned)
         )
     received = transport.all_to_all(packed)
+    del packed
     mine = ops.unpack_sum(received, plan.packing, plan.packed_length)
     del received
     if returned is not None:
@@ -158,54 +169,70 @@ def all_reduce(
     """
     plan = choose(algorithm, len(codes), alphabet, transport.world_size)
     length = plan.packed_length
-    rows = [torch.nn.functional.pad(codes[b:e], (0, length - (e - b))) for b, e in plan.rows]
-    packed = torch.stack([ops.pack(row, plan.packing) for row in rows])
-    return torch.cat([piece.totals() for piece in run(packed, plan, None, transport)])
+
+    def fill(row: int, out: torch.Tensor) -> None:
+        begin, end = plan.rows[row]
+        out.copy_(ops.pack(torch.nn.functional.pad(codes[begin:end], (0, length - (end - begin))), plan.packing))
+
+    return torch.cat([piece.totals() for piece in run(fill, plan, None, transport, codes.device)])
 
 
 def all_reduce_max(values: torch.Tensor, transport: Transport) -> torch.Tensor:
     """(n,) float32 without NaN -> the maximum over ranks, exact in any order; for many scales: 2 (W - 1) / W * 4 n."""
-    rows = _rows(values, transport.world_size)
-    largest = _received(rows, transport, values.dtype).amax(dim=0)
-    return transport.all_gather(largest.view(torch.uint8)).view(values.dtype).flatten()[: len(values)]
+    length = -(-len(values) // transport.world_size)
+    rows = torch.nn.functional.pad(values, (0, transport.world_size * length - len(values)))
+    largest = _all_to_all(rows, transport).amax(dim=0)
+    return _all_gather(largest, transport).flatten()[: len(values)]
 
 
 def all_reduce_float_mean(values: torch.Tensor, transport: Transport) -> torch.Tensor:
-    """(n,) floats -> their mean over ranks, the same bits on every rank and in every engine.
+    """Replace (n,) contiguous floats by their mean over ranks: the same bits on every rank and in every engine.
 
     Added in rank order, in float64 for float64 and else in float32, divided by W, then cast back. The bytes are those
-    of a ring all-reduce; up to SMALL of them travel in one round instead of two.
+    of a ring all-reduce; up to SMALL of them travel in one round instead of two. Takes as much memory as `values`.
     """
-    world_size, dtype = transport.world_size, values.dtype
+    world_size = transport.world_size
     if world_size == 1 or len(values) == 0:
-        return values.clone()
-    nbytes = values.numel() * values.element_size()
-    if (world_size - 1) * nbytes <= SMALL:
-        return _ordered_mean(transport.all_gather(values.view(torch.uint8)).view(dtype))
-    mean = _ordered_mean(_received(_rows(values, world_size), transport, dtype))
-    return transport.all_gather(mean.view(torch.uint8)).view(dtype).flatten()[: len(values)]
+        return values
+    if (world_size - 1) * values.nbytes <= SMALL:
+        return values.copy_(_ordered_mean(_all_gather(values, transport)))
+    row, rest = divmod(len(values), world_size)
+    mean = _ordered_mean(_all_to_all(values[: row * world_size], transport))
+    # The few elements that make no whole row are sent along by everyone.
+    received = _all_gather(torch.cat([mean, values[row * world_size :]]), transport)
+    values[: row * world_size].view(world_size, row).copy_(received[:, :row])
+    if rest:
+        values[row * world_size :] = _ordered_mean(received[:, row:])
+    return values
 
 
 def float_traffic(numel: int, itemsize: int, world_size: int) -> int:
     """Bytes that each rank sends for `numel` floats in :func:`all_reduce_float_mean`."""
     if (world_size - 1) * numel * itemsize <= SMALL:
         return (world_size - 1) * numel * itemsize
-    return 2 * (world_size - 1) * -(-numel // world_size) * itemsize
+    row, rest = divmod(numel, world_size)
+    return (world_size - 1) * (2 * row + rest) * itemsize
 
 
-def _rows(values: torch.Tensor, world_size: int) -> torch.Tensor:
-    length = -(-len(values) // world_size)
-    if missing := world_size * length - len(values):
-        values = torch.nn.functional.pad(values, (0, missing))
-    return values.view(world_size, length)
+def _all_to_all(values: torch.Tensor, transport: Transport) -> torch.Tensor:
+    """(W m,) of any type, m for each rank in turn -> (W, m)."""
+    rows = values.view(torch.uint8).view(transport.world_size, -1)
+    return transport.all_to_all(rows).view(values.dtype)
 
 
-def _received(rows: torch.Tensor, transport: Transport, dtype: torch.dtype) -> torch.Tensor:
-    return transport.all_to_all(rows.view(torch.uint8)).view(dtype)
+def _all_gather(values: torch.Tensor, transport: Transport) -> torch.Tensor:
+    """(m,) of any type -> (W, m)."""
+    return transport.all_gather(values.view(torch.uint8)).view(values.dtype)
 
 
 def _ordered_mean(rows: torch.Tensor) -> torch.Tensor:
-    total = rows[0].to(torch.promote_types(rows.dtype, torch.float32))
-    for row in rows[1:]:
-        total = total + row
-    return (total / len(rows)).to(rows.dtype)
+    """(W, m) floats -> (m,) of their type, added row by row; in pieces, for the sums may need a wider type."""
+    mean = rows.new_empty(rows.shape[1])
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    for begin in range(0, rows.shape[1], _PIECE):
+        piece = rows[:, begin : begin + _PIECE]
+        total = piece[0].to(wide, copy=True)
+        for row in piece[1:]:
+            total += row
+        mean[begin : begin + _PIECE] = total / len(rows)
+    return mean

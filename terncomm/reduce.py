@@ -28,10 +28,11 @@ from terncomm.keys import Key
 from terncomm.segments import Segments
 from terncomm.transports.base import Transport
 
-_HEADER = struct.Struct("<qqqqQ")  # the fields of _Header
+_HEADER = struct.Struct("<qqqqqII")  # the fields of _Header
 _PROLOGUE_NBYTES = 256
 _INLINE = (_PROLOGUE_NBYTES - _HEADER.size) // 4  # scales that fit beside the header
 _NONE = Segments(())
+_LARGE = 1 << 20  # elements of a layer that travels exactly and, between others, on its own
 
 
 class _Header(NamedTuple):
@@ -40,8 +41,10 @@ class _Header(NamedTuple):
     seed: int
     step: int
     bucket: int
+    elements: int
     coded_elements: int
-    configuration: int  # a checksum of codec, layers, dtype and exchange
+    configuration: int  # a checksum of codec, exchange and dtype
+    layers: int  # a checksum of which elements are which layer
 
 
 class RanksDiffer(RuntimeError):
@@ -67,29 +70,42 @@ class Unchecked(NamedTuple):
 
 
 class Clock:
-    """Seconds spent in each phase of the path: `encode_s`, `exchange_s`, `decode_s`."""
+    """Seconds spent in each phase of the path, and the phase it is in.
+
+    A phase inside another is counted for itself alone.
+    """
 
     def __init__(self) -> None:
         self.encode_s = self.exchange_s = self.decode_s = 0.0
+        self.phase = ""  # after an error: the phase in which it came
+        self._since = 0.0
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time inside to `<phase>_s`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + time.perf_counter() - begin)
+        outer = self.phase
+        self._enter(phase)
+        yield
+        self._enter(outer)
+
+    def _enter(self, phase: str) -> None:
+        now = time.perf_counter()
+        if self.phase:
+            name = f"{self.phase}_s"
+            setattr(self, name, getattr(self, name) + now - self._since)
+        self.phase, self._since = phase, now
 
 
 @lru_cache(maxsize=1024)
-def _checksum(codec: Codec | None, segments: Segments, exact: Segments, dtype: torch.dtype, exchange: str) -> int:
+def _checksums(
+    codec: Codec | None, segments: Segments, exact: Segments, dtype: torch.dtype, exchange: str
+) -> tuple[int, int]:
     spans = sorted(zip(*torch.cat([segments.table[:2], exact.table[:2]], dim=1).tolist(), strict=True))
     for (offset, size), (following, _) in pairwise(spans):
         if offset + size > following:
             raise ValueError(f"a layer is both coded and exact: elements from {following} on are in two pieces")
-    text = f"{codec!r} {segments.table.tolist()} {exact.table.tolist()} {dtype} {exchange}"
-    return zlib.crc32(text.encode())
+    layers = f"{segments.table.tolist()} {exact.table.tolist()}"
+    return zlib.crc32(f"{codec!r} {dtype} {exchange}".encode()), zlib.crc32(layers.encode())
 
 
 def share(
@@ -133,13 +149,18 @@ def _shared(local: torch.Tensor, inline: torch.Tensor, transport: Transport) -> 
     return exchanges.all_reduce_max(local, transport)
 
 
+_DIFFERENCES = {
+    "elements": "a bucket of {0} elements here, of {1} there (bucket_cap_mb and the model must be equal on all ranks)",
+    "configuration": "another codec, exchange or dtype",
+    "layers": "other layers, or other layers coded",
+}
+
+
 def _difference(headers: list[_Header], rank: int) -> str:
     mine = headers[rank]
     other = next(r for r, header in enumerate(headers) if header != mine)
     told = [
-        "another codec, exchange, dtype or other layers"
-        if name == "configuration"
-        else f"{name.replace('_', ' ')} {here} here, {there} there"
+        _DIFFERENCES.get(name, name.replace("_", " ") + " {0} here, {1} there").format(here, there)
         for name, here, there in zip(_Header._fields, mine, headers[other], strict=True)
         if here != there
     ]
@@ -164,7 +185,7 @@ def all_reduce_mean(
     """Replace the described elements of `flat` by an estimate of their mean over ranks; the same bits on every rank.
 
     Args:
-        flat: (n,) contiguous floats, changed in place. Codes are made from float32; other types are converted.
+        flat: (n,) contiguous floats of any type, changed in place. Codes are made of the values as float32.
         segments: the layers that are coded, one scale each or finer, as the codec has it.
         codec: how; `None` only where `segments` is empty.
         transport: this rank's; every rank calls with the same arguments but `flat`.
@@ -203,17 +224,19 @@ def all_reduce_mean(
     key = key if isinstance(key, Key) else Key(key)
     clock = clock or Clock()
     rank, world_size = transport.rank, transport.world_size
-    checksum = _checksum(codec, segments, exact, flat.dtype, exchange)
-    header = _Header(key.seed, key.step, key.bucket, segments.numel, checksum)
+    checksums = _checksums(codec, segments, exact, flat.dtype, exchange)
+    header = _Header(key.seed, key.step, key.bucket, flat.numel(), segments.numel, *checksums)
 
-    values = flat if flat.dtype == torch.float32 or codec is None else flat.to(torch.float32)
     scaled = codec.scaled(segments) if codec else _NONE
     with clock("encode"):
-        local = codec.measure(values, scaled) if codec else torch.zeros(0, device=flat.device)
+        local = codec.measure(flat, scaled) if codec else torch.zeros(0, device=flat.device)
     with clock("exchange"):
         shared = share(local, header, transport, later)
-        if exact.numel:
-            exact.put(exchanges.all_reduce_float_mean(exact.take(flat), transport), flat)
+        for part in exact.parts(_LARGE) if exact.numel else ():
+            values = part.take(flat)
+            exchanges.all_reduce_float_mean(values, transport)
+            if not part.contiguous:
+                part.put(values, flat)
     if codec is None or segments.numel == 0:
         return flat
 
@@ -221,16 +244,73 @@ def all_reduce_mean(
         returned = codec.narrowing(scaled, key, world_size=world_size)
         plan = exchanges.choose(exchange, scaled.numel, codec.alphabet, world_size, returned)
         how = codec.rounding(scaled, local, shared, key, rank=rank, world_size=world_size)
-        nbytes = plan.packing.nbytes(plan.packed_length)
-        packed = torch.empty((len(plan.rows), nbytes), dtype=torch.uint8, device=flat.device)
-        for row, (begin, _) in enumerate(plan.rows):
-            ops.encode_pack(values, scaled, how, plan.packing, begin, plan.packed_length, packed[row])
+
+    def fill(row: int, out: torch.Tensor) -> None:
+        with clock("encode"):
+            ops.encode_pack(flat, scaled, how, plan.packing, plan.rows[row][0], plan.packed_length, out)
+
     with clock("exchange"):
-        pieces = exchanges.run(packed, plan, returned, transport)
+        pieces = exchanges.run(fill, plan, returned, transport, flat.device)
     with clock("decode"):
         unit = codec.unit(shared, world_size)
         for piece in pieces:
-            piece.decode(scaled, unit, values)
-        if values is not flat:
-            segments.put(segments.take(values).to(flat.dtype), flat)
+            piece.decode(scaled, unit, flat)
     return flat
+
+
+def exact_traffic(exact: Segments, itemsize: int, world_size: int) -> int:
+    """Bytes that each rank sends for layers that are averaged without a codec."""
+    parts = exact.parts(_LARGE) if exact.numel else ()
+    return sum(exchanges.float_traffic(part.numel, itemsize, world_size) for part in parts)
+
+
+def all_reduce_mean_sparse(
+    gradient: torch.Tensor,
+    transport: Transport,
+    *,
+    key: Key | int,
+    clock: Clock | None = None,
+    later: list[Unchecked] | None = None,
+) -> torch.Tensor:
+    """A sparse gradient -> the exact mean over ranks, the same bits on every rank.
+
+    Args:
+        gradient: sparse_coo of floats, with one or more sparse dimensions; ranks may hold other rows. Not modified.
+        transport, key, clock, later: see :func:`all_reduce_mean`.
+
+    Returns:
+        A coalesced sparse_coo tensor with every row that some rank has. Rows are added in rank order.
+
+    Raises:
+        RanksDiffer: shapes or types differ, or ranks are not in step.
+    """
+    key = key if isinstance(key, Key) else Key(key)
+    clock = clock or Clock()
+    world_size = transport.world_size
+    with clock("encode"):
+        mine = gradient.coalesce()
+        indices, values = mine.indices(), mine.values()
+        kind = zlib.crc32(f"{gradient.dtype} {tuple(gradient.shape)} {gradient.sparse_dim()}".encode())
+        header = _Header(key.seed, key.step, key.bucket, gradient.numel(), 0, kind, 0)
+        count = torch.tensor([indices.shape[1]], dtype=torch.int64, device=gradient.device)
+    with clock("exchange"):
+        share(torch.zeros(0, device=gradient.device), header, transport, later)
+        counts = transport.all_gather(count.view(torch.uint8)).view(torch.int64).flatten().tolist()
+        rows = [_gather_padded(part, max(counts), transport) for part in (indices.T, values)]
+    with clock("decode"):
+        everywhere = torch.cat([rows[0][rank, :count] for rank, count in enumerate(counts)])
+        together, place = torch.unique(everywhere, dim=0, return_inverse=True)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total = torch.zeros(len(together), *values.shape[1:], dtype=wide, device=gradient.device)
+        for rank, where in enumerate(place.split(counts)):
+            total.index_add_(0, where, rows[1][rank, : counts[rank]].to(wide))
+        mean = (total / world_size).to(values.dtype)
+    return torch.sparse_coo_tensor(together.T, mean, gradient.shape, is_coalesced=True)
+
+
+def _gather_padded(part: torch.Tensor, length: int, transport: Transport) -> torch.Tensor:
+    """(k, ...) with k <= length -> (W, length, ...), zeros where a rank has less."""
+    padded = part.new_zeros(length, *part.shape[1:])
+    padded[: len(part)] = part
+    received = transport.all_gather(padded.view(-1).view(torch.uint8))
+    return received.view(part.dtype).view(transport.world_size, *padded.shape)

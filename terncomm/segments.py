@@ -5,7 +5,7 @@ two facts along every cut: the `layer` a piece belongs to and its `base`, the pl
 layer. Rounding noise is keyed by those two, so it does not change with how a buffer is cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -150,6 +150,44 @@ class Segments:
             first = int(self.table[0, 0]) if len(self) else 0
             return flat[first : first + self.numel]
         return torch.cat([flat[o : o + n] for o, n in zip(self.offsets.tolist(), self.sizes, strict=True)])
+
+    def parts(self, large: int) -> list["Segments"]:
+        """Segments to be taken one after the other, each without much of a copy.
+
+        All at once where they are contiguous; else every piece of `large` elements or more on its own, and the others
+        in groups of less than twice `large`.
+        """
+        if self.contiguous or self.numel < large:
+            return [self]
+        found, group, held = [], [], 0
+        for number, size in enumerate(self.sizes):
+            if size >= large:
+                found.append([number])
+                continue
+            group.append(number)
+            held += size
+            if held >= large:
+                found.append(group)
+                group, held = [], 0
+        return [Segments._of(self.table[:, numbers]) for numbers in [*found, group] if numbers]
+
+    def spans(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Dense elements [begin, end) as runs without a gap: (place after `begin`, place in the buffer, length)."""
+        piece = int(torch.searchsorted(self.starts, begin, right=True)) - 1
+        at, offset, length = 0, 0, 0
+        while begin + at + length < end:
+            skipped = max(begin - int(self.starts[piece]), 0)
+            first = int(self.table[0, piece]) + skipped
+            count = min(int(self.starts[piece + 1]), end) - int(self.starts[piece]) - skipped
+            piece += 1
+            if length and first == offset + length:
+                length += count
+                continue
+            if length:
+                yield at, offset, length
+            at, offset, length = at + length, first, count
+        if length:
+            yield at, offset, length
 
     def put(self, dense: torch.Tensor, flat: torch.Tensor) -> None:
         """Write dense (numel,) back to its places in `flat`."""

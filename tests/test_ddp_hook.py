@@ -568,7 +568,7 @@ def bucket_bytes(order, shapes, codec, exchange, world_size):
     total = 256 * (world_size - 1) + exact
     if coded:
         scaled = codec.scaled(Segments(coded))
-        if 4 * len(scaled) > 256 - 40:
+        if 4 * len(scaled) > 256 - 48:
             assert world_size * 4 * len(scaled) <= SMALL
             total += (world_size - 1) * 4 * len(scaled)
         returned = codec.narrowing(scaled, Key(0), world_size=world_size)

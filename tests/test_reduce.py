@@ -175,9 +175,11 @@ def test_many_scales_are_shared_in_two_phases():
         ({"key": 1}, "seed 0 here, 1 there"),
         ({"key": Key(0, step=3)}, "step 0 here, 3 there"),
         ({"key": Key(0, bucket=2)}, "bucket 0 here, 2 there"),
-        ({"codec": Ternary(clip=2.0)}, "another codec, exchange, dtype or other layers"),
+        ({"codec": Ternary(clip=2.0)}, "another codec, exchange or dtype."),
+        ({"flat": torch.ones(101)}, "a bucket of 100 elements here, of 101 there"),
+        ({"segments": Segments([61, 39])}, "other layers, or other layers coded"),
         ({"segments": Segments([60, 39])}, "coded elements 100 here, 99 there"),
-        ({"exchange": "gather"}, "another codec, exchange, dtype or other layers"),
+        ({"exchange": "gather"}, "another codec, exchange or dtype."),
     ],
 )
 def test_ranks_out_of_step_get_an_error_naming_both_sides(change, words):
@@ -187,7 +189,8 @@ def test_ranks_out_of_step_get_an_error_naming_both_sides(change, words):
         common = {"segments": Segments([60, 40]), "codec": Ternary(), "key": 0}
         options = common | (change if transport.rank == 2 else {})
         try:
-            all_reduce_mean(torch.ones(100), options.pop("segments"), options.pop("codec"), transport, **options)
+            flat = options.pop("flat", torch.ones(100))
+            all_reduce_mean(flat, options.pop("segments"), options.pop("codec"), transport, **options)
         except RanksDiffer as error:
             told[transport.rank] = str(error)
 

@@ -1,5 +1,7 @@
 """The definition of every kernel, in plain torch, on any device. The fast kernels must equal it bit for bit.
 
+Gradients (`flat`, `out`) are floats of any type: they are read as float32, and written rounded to their type.
+
 Legend: `n` dense elements, `L` segments, `R` rows, `m` codes in a row.
 """
 
@@ -25,7 +27,7 @@ def _index(segments: Segments, device: torch.device) -> tuple[torch.Tensor, torc
 
 def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
     """(L,) float32: the largest magnitude of each segment; +inf where an element is not finite; 0 where empty."""
-    magnitude = segments.take(flat).abs()
+    magnitude = segments.take(flat).to(torch.float32).abs()
     magnitude = torch.where(torch.isfinite(magnitude), magnitude, torch.inf)
     if len(segments) == 0 or segments.numel == 0:
         return torch.zeros(len(segments), dtype=torch.float32, device=flat.device)
@@ -55,7 +57,8 @@ def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch
     for s, (offset, size) in enumerate(zip(segments.offsets.tolist(), segments.sizes, strict=True)):
         if size == 0:
             continue
-        chunks = torch.nn.functional.pad(flat[offset : offset + size], (0, -size % CHUNK)).view(-1, CHUNK)
+        values = flat[offset : offset + size].to(torch.float32)
+        chunks = torch.nn.functional.pad(values, (0, -size % CHUNK)).view(-1, CHUNK)
         bits = (chunks.view(torch.int32) & 0x7FFFFFFF).amax(dim=1)
         exponent = (bits >> 23).clamp(1, 253)
         unit = ((254 - exponent) << 23).view(torch.float32)
@@ -121,9 +124,9 @@ def noise(counter: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torc
 
 
 def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:
-    """Stochastic rounding of the described elements of flat, float32 -> (n,) int8 codes in [-levels, levels]."""
+    """Stochastic rounding of the described elements of flat -> (n,) int8 codes in [-levels, levels]."""
     segment, place, counter = _index(segments, flat.device)
-    x = flat[place]
+    x = flat[place].to(torch.float32)
     limit = how.limit[segment]
     magnitude = x.abs()
     magnitude = torch.where(magnitude < limit, magnitude, limit)  # NaN takes the limit, which is then 0
@@ -157,7 +160,7 @@ def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: 
     here = slice(begin, begin + len(totals))
     high, low, drop = unit[:, segment[here]]
     total = totals.to(torch.float32)
-    out[place[here]] = (total * high + total * low) * drop
+    out[place[here]] = ((total * high + total * low) * drop).to(out.dtype)
 
 
 def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Transports: what moves bytes between ranks."""
 
-from terncomm.transports.base import Transport
-from terncomm.transports.local import LocalTransport, RankFailed
+from terncomm.transports.base import RankFailed, Transport
+from terncomm.transports.local import LocalTransport
 from terncomm.transports.metered import Metered
 from terncomm.transports.process_group import ProcessGroupTransport
 

@@ -10,6 +10,10 @@ from typing import Protocol
 import torch
 
 
+class RankFailed(RuntimeError):
+    """Another rank has failed, ended or gone silent, so this exchange cannot be completed."""
+
+
 class Transport(Protocol):
     """W ranks that exchange rows of bytes. Calls block; a rank's calls come from one thread at a time."""
 

@@ -6,11 +6,9 @@ from typing import TypeVar
 
 import torch
 
+from terncomm.transports.base import RankFailed
+
 T = TypeVar("T")
-
-
-class RankFailed(RuntimeError):
-    """Another rank of this world has failed; its own error is the cause."""
 
 
 class _World:

@@ -1,55 +1,90 @@
 """A torch.distributed process group as a transport."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from terncomm.transports.base import RankFailed
 
-
-def home_of(group: dist.ProcessGroup) -> torch.device:
-    """A device whose tensors the group's backends move: the CPU if one of them does, else CUDA."""
-    kinds = {device.type for device in group._device_types}
-    return torch.device("cpu" if "cpu" in kinds else "cuda")
-
-
-def _staged(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether payloads on `device` must go through the host: CUDA tensors, and the group has no NCCL."""
-    return device.type == "cuda" and group._get_backend(device).name() != "nccl"
+_AT_ONCE = 1 << 18  # bytes; all-gathers of less go to all ranks at the same time, larger ones round a ring
 
 
 class ProcessGroupTransport:
-    """Bytes over a process group; the group belongs to the caller, and no one else may use it meanwhile.
+    """Bytes over a process group, or over one of its backends, that nobody else uses meanwhile.
 
-    CUDA payloads over a CPU backend such as gloo are staged through host memory.
+    CUDA payloads over a CPU backend such as gloo are staged through host memory. gloo's own all-gather is a ring of
+    W - 1 steps and keeps a second copy of its result; here small payloads need one step, and large ones no copy.
+
+    Raises:
+        RankFailed: in every call, when another rank cannot be reached, or not within the group's timeout.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: Any) -> None:
         self._group = group
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        self.rank: int = group.rank()
+        self.world_size: int = group.size()
+
+    def close(self) -> None:
+        """Let go of the group. If nothing else holds it, calls that other ranks wait in raise at once."""
+        self._group = None
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
-        if self.world_size == 1 or payload.numel() == 0:
-            return payload.expand(self.world_size, -1).clone()
-        mine = self._at_home(payload)
-        out = mine.new_empty(self.world_size * mine.numel())
-        _all_gather_single(out, mine, group=self._group)
-        return out.view(self.world_size, -1).to(payload.device)
+        world_size = self.world_size
+        if world_size == 1 or payload.numel() == 0:
+            return payload.expand(world_size, -1).clone()
+        mine, backend = self._at_home(payload)
+        if mine.numel() <= _AT_ONCE:
+            return self._all_to_all(mine.repeat(world_size, 1), backend).to(payload.device)
+        out = mine.new_empty(world_size, mine.numel())
+        with _naming_failure():
+            if backend.name() == "gloo":
+                self._ring(mine, out, backend)
+            else:
+                backend._allgather_base(out.view(-1), mine).wait()
+        return out.to(payload.device)
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
         if self.world_size == 1 or rows.numel() == 0:
             return rows.clone()
-        mine = self._at_home(rows)
-        out = torch.empty_like(mine)
-        dist.all_to_all_single(out, mine, group=self._group)
-        return out.to(rows.device)
+        return self._all_to_all(*self._at_home(rows)).to(rows.device)
 
-    def _at_home(self, payload: torch.Tensor) -> torch.Tensor:
-        if _staged(self._group, payload.device):
+    def _all_to_all(self, rows: torch.Tensor, backend: Any) -> torch.Tensor:
+        out = torch.empty_like(rows)
+        with _naming_failure():
+            backend.alltoall_base(out.view(-1), rows.view(-1), [], []).wait()
+        return out
+
+    def _ring(self, mine: torch.Tensor, out: torch.Tensor, backend: Any) -> None:
+        out[self.rank] = mine
+        following, previous = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+        for step in range(self.world_size - 1):
+            sent = backend.send([out[(self.rank - step) % self.world_size]], following, step)
+            backend.recv([out[(previous - step) % self.world_size]], previous, step).wait()
+            sent.wait()
+
+    def _at_home(self, payload: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The payload where its backend can read it, and that backend."""
+        if self._group is None:
+            raise RankFailed("this rank's connection to the others is closed")
+        backend = backend_for(self._group, payload.device)
+        if payload.is_cuda and backend.name() != "nccl":
             payload = payload.cpu()
-        return payload.contiguous()
+        return payload.contiguous(), backend
+
+
+def backend_for(group: Any, device: torch.device) -> Any:
+    """The backend of a process group that serves tensors of `device`; a backend is its own."""
+    return group._get_backend(device) if isinstance(group, dist.ProcessGroup) else group
+
+
+@contextmanager
+def _naming_failure() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankFailed(f"the exchange with other ranks broke off: {error}") from error

@@ -1,0 +1,384 @@
+"""What a hook keeps between buckets: options, which parameters are coded, how far training is, what was sent."""
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+
+from terncomm import ops
+from terncomm.codecs import Codec, codec_for
+from terncomm.exchange import ALGORITHMS
+from terncomm.hooks import exempt as exemptions
+from terncomm.hooks.connection import Connection, connect
+from terncomm.hooks.runner import OrderedWorker, SideStream
+from terncomm.keys import Key
+from terncomm.reduce import Clock, Unchecked, all_reduce_mean, all_reduce_mean_sparse, exact_traffic
+from terncomm.segments import Segments
+from terncomm.transports import Metered
+from terncomm.version import __version__
+
+_log = logging.getLogger("terncomm")
+
+_CLIP_WARNING = 0.3  # share of a layer's gradient norm
+_CLIP_STEPS, _CLIP_EVERY = 3, 100  # the first coded steps, and every so many after, are looked at
+
+
+class CommState:
+    """The state that goes with :func:`comm_hook`: which codec, what travels exactly, how far training is.
+
+    Args:
+        codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
+        skip: parameters that travel exactly, beside those exempt by rule: names, names of modules, shell patterns.
+        min_numel: parameters with fewer elements, or with one dimension, travel exactly (TernGrad's
+            `size_to_binarize`).
+        warmup_steps: first steps in which everything travels exactly (TernGrad's `floating_grad_epoch`, in steps).
+        exchange: "auto", "gather" or "two_phase"; the result is the same bits.
+        seed: of the rounding noise; equal on all ranks.
+        exempt: groups found by the model's structure that travel exactly, of "embedding" and "head"; `()` codes them
+            too, as published. Without a model (the plain pair of state and hook) there is no structure to look at.
+        named_parameters: of the model, for `skip` and for names in statistics; `register` gives them by itself.
+        process_group: the group that the DDP model was made with, which a bucket does not tell; by default the
+            default group. `register` gives it by itself.
+
+    Raises:
+        ValueError, TypeError: an option that cannot be.
+
+    Note:
+        Parameters that are not in `named_parameters` are numbered as they are first seen. In a world of one rank
+        nothing is coded: the gradients stay as they are.
+    """
+
+    def __init__(
+        self,
+        codec: str | Codec = "terngrad",
+        *,
+        skip: Collection[str] = (),
+        min_numel: int = 1024,
+        warmup_steps: int = 0,
+        exchange: str = "auto",
+        seed: int = 0,
+        exempt: Collection[str] = exemptions.GROUPS,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.codec = codec_for(codec)
+        self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self.min_numel = _count("min_numel", min_numel)
+        self.warmup_steps = _count("warmup_steps", warmup_steps)
+        if exchange not in ALGORITHMS:
+            raise ValueError(f"exchange must be one of {', '.join(ALGORITHMS)}, got {exchange!r}")
+        self.exchange = exchange
+        self.seed = Key(seed).seed
+        self.exempt = (exempt,) if isinstance(exempt, str) else tuple(exempt)
+        if unknown := set(self.exempt) - set(exemptions.GROUPS):
+            raise ValueError(f"exempt may name {', '.join(exemptions.GROUPS)}; got {', '.join(sorted(unknown))}")
+
+        named: dict[torch.Tensor, str] = {}
+        for name, parameter in named_parameters or ():
+            if parameter.requires_grad:
+                named.setdefault(parameter, exemptions.clean(name))  # a tied parameter goes by its first name
+        if self.skip and not named:
+            raise ValueError("skip= needs names: give named_parameters=model.named_parameters(), or use register")
+        skipped = exemptions.matching(self.skip, named.values())
+        self._names = list(named.values())
+        self._numbers = {parameter: number for number, parameter in enumerate(named)}
+        self._exact = {parameter for parameter, name in named.items() if name in skipped}
+
+        self._step = -1
+        self._enabled = self._enabled_next = True
+        self._clip_lost: dict[int, float] = {}
+        self._clip_warned = self._sparse_warned = False
+        self._group = process_group
+        self._detach()
+        self.reset_stats()
+        ops.compile_kernels()
+
+    def _detach(self) -> None:
+        """Hold nothing that belongs to this process alone."""
+        self._connection: Connection | None = None
+        self._worker = OrderedWorker()
+        self._side_stream = SideStream()
+        self._later: list[Unchecked] = []  # headers on their way from the device
+        self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or pickle of a model: everything but group, thread and stream. A copy is of the default group."""
+        own = ("_group", "_connection", "_worker", "_side_stream", "_later", "_layouts")
+        kept = {name: value for name, value in vars(self).items() if name not in own}
+        # Parameters that were numbered as they were seen are so again: without the model they are not the same objects.
+        kept["_numbers"] = {p: number for p, number in self._numbers.items() if number < len(self._names)}
+        return kept
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        vars(self).update(saved)
+        self._group = None
+        self._detach()
+        self.reset_stats()
+
+    # ---- what a user calls --------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Plain numbers of this rank since the start or the last :meth:`reset_stats`.
+
+        steps: backward passes that were reduced. raw_bytes: size of the gradients handed to the hook. wire_bytes: sent
+        by this rank, everything counted (codes, scales, checks, padding, exact parts). exact_bytes: of these, what the
+        exact parts took. coded_numel, exact_numel: elements that went either way. encode_s, exchange_s, decode_s:
+        seconds in the phases of the path, on its own thread. clip_norm_lost/NAME: share of the layer's gradient norm
+        that clipping took, when last looked at (the first three coded steps and every hundredth).
+        """
+        sent = self._connection.transport.sent_bytes if self._connection else 0
+        clock = self._clock
+        return {
+            **self._counts,
+            "wire_bytes": sent - self._sent_before,
+            "encode_s": clock.encode_s,
+            "exchange_s": clock.exchange_s,
+            "decode_s": clock.decode_s,
+            **{f"clip_norm_lost/{self._name(number)}": lost for number, lost in sorted(self._clip_lost.items())},
+        }
+
+    def reset_stats(self) -> None:
+        """Start counting from zero."""
+        self._counts = dict.fromkeys(("steps", "raw_bytes", "exact_bytes", "coded_numel", "exact_numel"), 0)
+        self._clock = Clock()
+        self._sent_before = self._connection.transport.sent_bytes if self._connection else 0
+
+    def disable(self) -> None:
+        """From the next step on, average everything exactly. DDP cannot unregister a hook; call on every rank."""
+        self._enabled_next = False
+
+    def enable(self) -> None:
+        """From the next step on, code again. Call on every rank."""
+        self._enabled_next = True
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs: plain numbers. The noise is a function of seed and step, so nothing else is kept."""
+        return {"step": self._step, "seed": self.seed}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        """Go on after the saved step. On every rank; the world size may be another.
+
+        Raises:
+            ValueError: keys are missing, or the seed is another than this state's.
+        """
+        if missing := {"step", "seed"} - saved.keys():
+            raise ValueError(f"not a terncomm state: it lacks {', '.join(sorted(missing))}")
+        if saved["seed"] != self.seed:
+            raise ValueError(
+                f"the checkpoint has seed {saved['seed']}, this state {self.seed}; register with that seed"
+            )
+        self._step = int(saved["step"])
+
+    def codes(self, parameter: torch.Tensor) -> bool:
+        """Whether this parameter's gradient is coded (once warm-up is over), or travels exactly."""
+        large = parameter.dim() > 1 and parameter.numel() >= self.min_numel
+        return large and parameter.is_floating_point() and parameter not in self._exact
+
+    # ---- what the hook calls ------------------------------------------------------------------------------------
+
+    def _adopt(self, model: torch.nn.Module) -> None:
+        """Exempt what the structure of `model` says."""
+        self._exact.update(exemptions.structural(model, self.exempt))
+
+    def _configuration(self) -> dict[str, Any]:
+        """What must be equal on all ranks."""
+        return {
+            "terncomm version": __version__,
+            "codec": repr(self.codec),
+            "seed": self.seed,
+            "skip": list(self.skip),
+            "min_numel": self.min_numel,
+            "warmup_steps": self.warmup_steps,
+            "exchange": self.exchange,
+            "exempt": sorted(self.exempt),
+            "coded parameters": [n for n, p in zip(self._names, self._numbers, strict=True) if self.codes(p)],
+        }
+
+    def _summary(self) -> str:
+        """One line for the log."""
+        sizes = {parameter: parameter.numel() for parameter in self._numbers}
+        coded = [numel for parameter, numel in sizes.items() if self.codes(parameter)]
+        total = sum(sizes.values())
+        world_size = self._connection.transport.world_size if self._connection else 1
+        return (
+            f"{self.codec!r}: {len(coded)} of {len(sizes)} parameter tensors coded, "
+            f"{sum(coded) / max(total, 1):.1%} of {total} elements; seed {self.seed}, {world_size} ranks"
+        )
+
+    def _connect(self, connection: Connection) -> None:
+        """Use this connection from now on."""
+        self._connection = connection
+        self._sent_before = 0
+
+    def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buffer = bucket.buffer()
+        if self._connection is None:
+            group = self._group or dist.distributed_c10d._get_default_group()
+            self._connect(connect(group, buffer.device, self._configuration()))
+        assert self._connection is not None
+        connection = self._connection
+        if bucket.index() == 0:  # the first of a backward pass; one that is aborted later shifts nothing
+            self._step += 1
+            self._counts["steps"] += 1
+            self._enabled = self._enabled_next
+        where = f"bucket {bucket.index()} of step {self._step}"
+        try:
+            work = self._work(bucket, connection.transport)
+        except Exception as error:
+            work = _raising(error)
+        threads = torch.get_num_threads()
+
+        def job() -> torch.Tensor:
+            if torch.get_num_threads() != threads:  # torch keeps the number per thread
+                torch.set_num_threads(threads)
+            try:
+                return work()
+            except Exception as error:
+                failure = connection.fail(error, f"{where}, {self._clock.phase}")
+                raise failure from (None if failure is error else error)
+
+        if buffer.is_cuda:
+            return self._side_stream.submit(job, buffer.device)
+        return self._worker.submit(job)
+
+    def _work(self, bucket: GradBucket, transport: Metered) -> Callable[[], torch.Tensor]:
+        """What is to be done with a bucket; called in bucket order, to run later."""
+        buffer = bucket.buffer()
+        self._check_arrived()
+        key = Key(self.seed, self._step, bucket.index())
+        if buffer.layout == torch.sparse_coo:
+            self._warn_of_sparse(bucket, transport)
+            return lambda: self._run_sparse(buffer, key, transport)
+        if buffer.layout != torch.strided:
+            raise TypeError(f"gradients must be dense or sparse_coo, got a bucket of layout {buffer.layout}")
+        coded, exact = self._layout(bucket)
+        flat = torch.view_as_real(buffer).view(-1) if buffer.is_complex() else buffer
+        if not self._enabled or self._step < self.warmup_steps or transport.world_size == 1 or buffer.is_complex():
+            coded, exact = Segments(()), Segments([flat.numel()])
+
+        def work() -> torch.Tensor:
+            self._run(flat, coded, exact, key, transport)
+            return buffer
+
+        return work
+
+    def _check_arrived(self) -> None:
+        """Raise if ranks turned out to differ in an earlier bucket whose headers have reached the host by now."""
+        while self._later and self._later[0].arrived():
+            self._later.pop(0).check()
+
+    def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key, transport: Metered) -> None:
+        with self._clock("encode"):
+            complaint = self._watch_clipping(flat, coded, key.step)
+        codec = self.codec if len(coded) else None
+        all_reduce_mean(
+            flat,
+            coded,
+            codec,
+            transport,
+            key=key,
+            exchange=self.exchange,
+            exact=exact,
+            clock=self._clock,
+            later=self._later if flat.is_cuda else None,
+        )
+        counts = self._counts
+        counts["raw_bytes"] += flat.numel() * flat.element_size()
+        counts["exact_bytes"] += exact_traffic(exact, flat.element_size(), transport.world_size)
+        counts["coded_numel"] += coded.numel
+        counts["exact_numel"] += exact.numel
+        if complaint is not None:
+            _advise(complaint, transport)
+
+    def _run_sparse(self, gradient: torch.Tensor, key: Key, transport: Metered) -> torch.Tensor:
+        later = self._later if gradient.is_cuda else None
+        before = transport.sent_bytes
+        mean = all_reduce_mean_sparse(gradient, transport, key=key, clock=self._clock, later=later)
+        counts = self._counts
+        counts["raw_bytes"] += gradient._values().nbytes + gradient._indices().nbytes
+        counts["exact_bytes"] += transport.sent_bytes - before
+        counts["exact_numel"] += gradient._values().numel()
+        return mean
+
+    def _warn_of_sparse(self, bucket: GradBucket, transport: Metered) -> None:
+        if self._sparse_warned:
+            return
+        self._sparse_warned = True
+        names = ", ".join(self._name(self._number(parameter)) for parameter in bucket.parameters())
+        _advise(f"the gradient of {names} is sparse: its rows are gathered from all ranks, exactly", transport)
+
+    def _layout(self, bucket: GradBucket) -> tuple[Segments, Segments]:
+        """The coded and the exact layers of a bucket; DDP rebuilds buckets, so they are known by their parameters."""
+        parameters = bucket.parameters()
+        identity = tuple(map(id, parameters))
+        if identity not in self._layouts:
+            coded: list[tuple[int, int, int]] = []
+            exact: list[tuple[int, int, int]] = []
+            offset = 0
+            for parameter in parameters:
+                row = (parameter.numel(), offset, self._number(parameter))
+                (coded if self.codes(parameter) else exact).append(row)
+                offset += parameter.numel()
+            if offset != bucket.buffer().numel():
+                raise RuntimeError(f"a bucket of {bucket.buffer().numel()} elements holds parameters of {offset}")
+            self._layouts[identity] = _segments(coded), _segments(exact)
+        return self._layouts[identity]
+
+    def _number(self, parameter: torch.Tensor) -> int:
+        return self._numbers.setdefault(parameter, len(self._numbers))
+
+    def _name(self, number: int) -> str:
+        return self._names[number] if number < len(self._names) else f"parameter {number}"
+
+    def _watch_clipping(self, flat: torch.Tensor, coded: Segments, step: int) -> str | None:
+        """Note what clipping takes from each layer, now and then; complain once if it is much."""
+        since = step - self.warmup_steps
+        if len(coded) == 0 or (since >= _CLIP_STEPS and since % _CLIP_EVERY):
+            return None
+        lost = self.codec.norm_lost(flat, coded)
+        if lost is None:
+            return None
+        self._clip_lost.update(zip(coded.layers.tolist(), lost.tolist(), strict=True))
+        share, worst = lost.max(dim=0)
+        if share <= _CLIP_WARNING or self._clip_warned:
+            return None
+        self._clip_warned = True
+        return (
+            f"clipping takes {share:.0%} of the gradient norm of {self._name(int(coded.layers[worst]))}: its gradient "
+            "is far from Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; "
+            "state.stats() has the share of every layer (clip_norm_lost/...)."
+        )
+
+
+def _segments(rows: list[tuple[int, int, int]]) -> Segments:
+    sizes, offsets, layers = zip(*rows, strict=True) if rows else ((), (), ())
+    return Segments(sizes, offsets=offsets, layers=layers)
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def _advise(text: str, transport: Metered) -> None:
+    """Warn on rank 0."""
+    if transport.rank != 0:
+        return
+    try:
+        warnings.warn(text, stacklevel=2)
+    except UserWarning:  # a filter made it an error: one rank alone must not stop for advice
+        _log.warning(text)
+
+
+def _raising(error: Exception) -> Callable[[], torch.Tensor]:
+    def work() -> torch.Tensor:
+        raise error
+
+    return work
