@@ -276,7 +276,7 @@ def test_types_side_by_side_in_one_model(on_ranks, world_size, codec):
             assert (gradient.double() - rows.mean(0)).abs().max() <= steps * step + rounding, (number, n)
 
 
-@pytest.mark.xfail(reason="complex parameters are miscounted", strict=True)
+@pytest.mark.xfail(reason="DDP hands over real views of complex gradients, which are miscounted", strict=True)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("codec", CODECS)
 def test_complex_gradients_are_averaged_exactly(on_ranks, codec, dtype):
@@ -333,10 +333,9 @@ def sparse(codec, steps, models=1):
                     told.append([densely(g) for g in (*twins.told[-1], oracle.gradients(plain.module))])
         except Exception as error:
             return repr(error), layouts, []
-    return told, layouts, [str(one.message) for one in caught if "sparse" in str(one.message)]
+    return told, layouts, [str(one.message) for one in caught]
 
 
-@pytest.mark.xfail(reason="sparse gradients are refused", strict=True)
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("codec", CODECS)
 def test_sparse_gradients_are_averaged_exactly(on_ranks, world_size, codec):
@@ -357,12 +356,15 @@ def test_sparse_gradients_are_averaged_exactly(on_ranks, world_size, codec):
             assert same(ours[2:], [mean[n] for n in range(2, len(ours))])
 
 
-@pytest.mark.xfail(reason="sparse gradients are refused", strict=True)
-def test_sparse_gradients_are_warned_of_once():
+@pytest.mark.xfail(reason="each model is warned of, and torch warns of an unchecked constructor", strict=True)
+@pytest.mark.parametrize("models", [1, 2])
+def test_sparse_gradients_are_warned_of_once(models):
     fresh = Ranks()  # once in a process: not where another test was warned
     try:
-        told = fresh.run(2, sparse, "int8", 3, 2)
+        told = fresh.run(2, sparse, "int8", 3, models)
         assert not any(isinstance(steps, str) for steps, *_ in told), told[0]
-        assert [len(words) for *_, words in told] == [1, 0]
+        words = [said for *_, said in told]
+        assert [len(said) for said in words] == [1, 0], words
+        assert "sparse" in words[0][0]
     finally:
         fresh.close()

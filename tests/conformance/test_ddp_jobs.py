@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import CODECS, MANY, SEED, Twins, batch, check, loss_of, made, same
-from ranks import RankError
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.parallel import DistributedDataParallel
@@ -122,19 +121,16 @@ def test_model_of_a_sub_group_beside_later_groups(on_ranks, codec):
     assert [totals for _, totals in told] == [[10.0] * 3] * 4
     assert [steps is None for steps, _ in told] == [True, False, True, False]
     check([told[1][0], told[3][0]], codec)
-    on_ranks(1, dist.get_rank)  # ends all groups
 
 
-@pytest.mark.xfail(reason="register hangs where ranks are in unequally many groups", strict=True, raises=RankError)
 def test_models_of_a_sub_group_and_of_all(on_ranks):
-    told = on_ranks(4, of_a_sub_group_and_of_all, ("terngrad", "int8"), limit_s=8)
+    told = on_ranks(4, of_a_sub_group_and_of_all, ("terngrad", "int8"))
     check([told[1][0], told[3][0]], "terngrad")
     check([large for _, large in told], "int8")
 
 
-@pytest.mark.xfail(reason="register hangs where ranks are in unequally many groups", strict=True, raises=RankError)
 def test_ranks_that_are_in_unequally_many_groups(on_ranks):
-    check(on_ranks(4, in_a_sub_group_alone, "int8", limit_s=8), "int8")
+    check(on_ranks(4, in_a_sub_group_alone, "int8"), "int8")
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
@@ -247,7 +243,6 @@ def test_compiled_models_are_reduced_by_default_too(on_ranks, codec, how):
     check([steps for steps, *_ in told], codec)
 
 
-@pytest.mark.xfail(reason="the hook expects a bucket there", strict=True, raises=AssertionError)
 def test_python_reducer_is_refused_in_words(on_ranks):
     for raised, given in on_ranks(2, python_reducer, limit_s=120):
         for kind, text in raised:
