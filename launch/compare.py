@@ -1,7 +1,9 @@
 """Train the same network once per codec with launch/train.py, then compare accuracy, bytes and time.
 
     python launch/compare.py --codecs none int8 terngrad --workers 4
+    python launch/compare.py --data cifar10 --epochs 20 -- --data-dir /data/cifar-10-batches-bin
 
+What follows `--` are options of launch/train.py.
 Leaves results.md, results.csv, accuracy_vs_bytes.png and the metrics of each run in --out.
 """
 
@@ -43,16 +45,19 @@ COLUMNS = {
 Epochs = list[dict[str, Any]]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(line: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    own, passed_on = (line[: line.index("--")], line[line.index("--") + 1 :]) if "--" in line else (line, [])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], epilog="What follows -- are options of launch/train.py."
+    )
     parser.add_argument("--codecs", nargs="+", choices=STYLE, default=list(STYLE))
     parser.add_argument("--workers", type=int, default=4, help="processes, at least 2 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "demo", help="folder (default: results/demo)")
-    args = parser.parse_args()
+    args = parser.parse_args(own, argparse.Namespace(passed_on=passed_on))
     if args.workers < 2:
         parser.error("--workers: a comparison of bytes sent needs at least 2")
     return args
@@ -64,7 +69,8 @@ def train(codec: str, args: argparse.Namespace) -> Epochs:
     metrics.unlink(missing_ok=True)
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {args.workers}".split()
     options = f"--data {args.data} --codec {codec} --epochs {args.epochs} --seed {args.seed}".split()
-    command = [sys.executable, *torchrun, str(ROOT / "launch" / "train.py"), *options, "--metrics", str(metrics)]
+    options += ["--metrics", str(metrics)]
+    command = [sys.executable, *torchrun, str(ROOT / "launch" / "train.py"), *args.passed_on, *options]
     child = subprocess.Popen(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -170,7 +176,7 @@ def plot(runs: dict[str, Epochs], path: Path) -> None:
 
 def main() -> None:
     """Train with each codec, then print and write the comparison."""
-    args = parse_arguments()
+    args = parse_arguments(sys.argv[1:])
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `train` ends its child
     runs: dict[str, Epochs] = {}

@@ -4,7 +4,8 @@ Start it with torchrun, for example with 4 processes on this machine:
 
     torchrun --standalone --nproc-per-node 4 launch/train.py --data digits --codec terngrad
 
-All that concerns terncomm is the import, one call of `register`, and the statistics it keeps.
+Data sets and their networks are in launch/workloads. All that concerns terncomm is the import, one call of `register`,
+and the statistics it keeps.
 """
 
 import argparse
@@ -12,10 +13,13 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,48 +27,36 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from workloads import DATA, DataError, Workload
 
 import terncomm
 
-
-def digits() -> tuple[nn.Module, TensorDataset, TensorDataset]:
-    """Return a convolutional network, 1437 training and 360 test images (1, 8, 8) of handwritten digits."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    labels = torch.tensor(labels)
-    train, test = train_test_split(torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    network = nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU()),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(64, 128, 3, padding=1), nn.GroupNorm(8, 128), nn.ReLU()),
-        *(nn.Conv2d(128, 128, 3, padding=1), nn.GroupNorm(8, 128), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-        *(nn.Linear(512, 512), nn.ReLU()),
-        nn.Linear(512, 10),
-    )
-    return network, TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
-
-
-# A further data set is one more function like `digits`, named here.
-DATA = {"digits": digits}
+PROGRESS_S = 5.0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", choices=DATA, default="digits")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with the files of cifar10 or mnist; nothing is downloaded"
+    )
+    parser.add_argument("--text", type=Path, help="text file for --data text (default: Python's own documentation)")
+    parser.add_argument("--tokens", choices=["words", "bytes"], default="words", help="what --data text predicts")
     parser.add_argument("--codec", choices=["none", "fp16", "int8", "terngrad"], default="terngrad")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps-per-epoch", type=int, help="at most so many (default: all data; at most 30 for text)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per rank and step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.03, help="learning rate at the start (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="learning rate at the start (default: the data's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="saved after each epoch, resumed from if it exists (by rank 0)")
     parser.add_argument("--metrics", type=Path, help="file for one JSON line per epoch")
     parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl with a GPU per rank, else gloo")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps_per_epoch is not None and args.steps_per_epoch < 1:
+        parser.error(f"--steps-per-epoch must be at least 1, got {args.steps_per_epoch}")
+    return args
 
 
 def device_and_backend(backend: str | None) -> tuple[torch.device, str]:
@@ -93,13 +85,13 @@ def traffic(state: Any, codec: str, parameters: int, steps: int) -> dict[str, fl
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, test: Dataset[tuple[Tensor, ...]], device: torch.device) -> tuple[float, float]:
-    """Return loss and accuracy on the test set, of which each rank takes every W-th sample."""
-    shard = Subset(test, range(dist.get_rank(), len(test), dist.get_world_size()))
+def evaluate(network: nn.Module, workload: Workload, device: torch.device) -> tuple[float, float]:
+    """Return loss and accuracy per label of the test set, of which each rank takes every W-th sample."""
+    shard = Subset(workload.test, range(dist.get_rank(), len(workload.test), dist.get_world_size()))
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     network.eval()
-    for inputs, labels in DataLoader(shard, batch_size=256):
-        outputs, labels = network(inputs.to(device)), labels.to(device)
+    for inputs, labels in DataLoader(shard, batch_size=workload.test_batch):
+        outputs, labels = network(inputs.to(device)).flatten(0, -2), labels.to(device).flatten()
         loss = functional.cross_entropy(outputs, labels, reduction="sum")
         totals += torch.stack([loss, (outputs.argmax(1) == labels).sum(), torch.tensor(len(labels), device=device)])
     network.train()
@@ -108,27 +100,65 @@ def evaluate(network: nn.Module, test: Dataset[tuple[Tensor, ...]], device: torc
     return loss / count, correct / count
 
 
-def train_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+def batches(loader: DataLoader[tuple[Tensor, ...]], steps: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the first `steps` batches; on rank 0 a line tells now and then how far it is."""
+    started = told = time.perf_counter()
+    for step, batch in enumerate(islice(loader, steps)):
+        now = time.perf_counter()
+        if dist.get_rank() == 0 and now - told > PROGRESS_S:
+            told = now
+            end = "\r" if sys.stderr.isatty() else "\n"
+            left_s = (now - started) / step * (steps - step)
+            print(f"{'':8}  step {step:5}/{steps}  {left_s:3.0f} s left", end=end, file=sys.stderr, flush=True)
+        yield batch
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: DataLoader[tuple[Tensor, ...]],
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> float:
     """Take one step per batch; return the mean loss over steps and ranks."""
     total = torch.zeros((), device=device)
-    for inputs, labels in loader:
+    for inputs, labels in batches(loader, steps):
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(inputs.to(device)), labels.to(device))
+        outputs = model(inputs.to(device))
+        loss = functional.cross_entropy(outputs.flatten(0, -2), labels.to(device).flatten())
         loss.backward()
         optimizer.step()
         total += loss.detach()
     dist.all_reduce(total)
-    return total.item() / len(loader) / dist.get_world_size()
+    return total.item() / steps / dist.get_world_size()
 
 
-def load(path: Path | None, data: str, codec: str) -> dict[str, Any] | None:
-    """Return the checkpoint that rank 0 finds at `path`, on every rank, or None."""
+def leave(message: str) -> NoReturn:
+    """End all ranks, each of which calls this; rank 0 says why."""
+    if dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+    dist.barrier()  # torchrun ends all ranks when one ends: only after the line is written
+    dist.destroy_process_group()
+    raise SystemExit(1)
+
+
+def agree(complaint: str | None) -> None:
+    """End all ranks if any has a complaint."""
+    complaints: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(complaints, complaint)
+    for rank, found in enumerate(complaints):
+        if found is not None:
+            leave(f"train.py: {found} (rank {rank})")
+
+
+def load(path: Path | None, **made_with: str) -> dict[str, Any] | None:
+    """Return the checkpoint that rank 0 finds at `path`, on every rank, or None; it must be `made_with` these."""
     found = [torch.load(path, map_location="cpu") if path and dist.get_rank() == 0 and path.exists() else None]
     dist.broadcast_object_list(found)
     (saved,) = found
-    if saved is not None and (saved["data"], saved["codec"]) != (data, codec):
-        message = f"{path} is of --data {saved['data']} --codec {saved['codec']}, not {data} {codec}: use another"
-        raise SystemExit(message if dist.get_rank() == 0 else 1)
+    for name, wanted in made_with.items():
+        if saved is not None and saved.get(name, "") != wanted:
+            leave(f"train.py: {path} is of another {name}, {saved.get(name)}, not {wanted}: use another file")
     return saved
 
 
@@ -146,13 +176,19 @@ def main() -> None:
     if "RANK" not in os.environ:
         raise SystemExit("start this with torchrun: torchrun --standalone --nproc-per-node 4 launch/train.py")
     device, backend = device_and_backend(args.backend)
+    torch.manual_seed(args.seed)
+    workload, complaint = None, None
+    try:
+        workload = DATA[args.data](args)
+    except DataError as error:
+        complaint = str(error)
     dist.init_process_group(backend)
+    agree(complaint)
+    assert workload is not None
     rank, world_size = dist.get_rank(), dist.get_world_size()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(name)s: %(message)s")
 
-    torch.manual_seed(args.seed)
-    network, train, test = DATA[args.data]()
-    network.to(device)
+    network = workload.network.to(device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     model = DistributedDataParallel(network, bucket_cap_mb=1)  # several buckets though the network is small
     state = None
@@ -161,16 +197,19 @@ def main() -> None:
     elif args.codec != "none":
         state = terncomm.register(model, args.codec, seed=args.seed)
 
-    sampler = DistributedSampler(train, seed=args.seed)
-    loader = DataLoader(train, batch_size=args.batch_size, sampler=sampler)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    sampler = DistributedSampler(workload.train, seed=args.seed)
+    loader = DataLoader(workload.train, batch_size=args.batch_size, sampler=sampler)
+    steps = min(len(loader), args.steps_per_epoch or workload.steps_per_epoch or len(loader))
+    args.lr = workload.lr if args.lr is None else args.lr
+    optimizer = workload.optimizer(model.parameters(), args.lr)
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 + math.cos(math.pi * done / args.epochs)) / 2)
     kept = {"network": network, "optimizer": optimizer, "schedule": cosine}
     if state is not None:
         kept["compression"] = state
 
     first, totals, records = 0, Counter[str](), list[str]()
-    saved = load(args.checkpoint, args.data, args.codec)
+    made_with = {"data": args.data, "codec": args.codec, "fingerprint": workload.fingerprint}
+    saved = load(args.checkpoint, **made_with)
     if saved:
         first, totals, records = saved["epoch"], Counter(saved["totals"]), saved["records"]
         for name, part in kept.items():
@@ -181,12 +220,13 @@ def main() -> None:
     started = time.perf_counter()
     for epoch in range(first, args.epochs):
         sampler.set_epoch(epoch)
+        workload.set_epoch(epoch)
         epoch_started = time.perf_counter()
-        train_loss = train_epoch(model, loader, optimizer, device)
-        step_s = (time.perf_counter() - epoch_started) / len(loader)
+        train_loss = train_epoch(model, loader, steps, optimizer, device)
+        step_s = (time.perf_counter() - epoch_started) / steps
         cosine.step()
-        totals.update(traffic(state, args.codec, parameters, len(loader)))
-        test_loss, test_accuracy = evaluate(network, test, device)
+        totals.update(traffic(state, args.codec, parameters, steps))
+        test_loss, test_accuracy = evaluate(network, workload, device)
         if rank != 0:
             continue
 
@@ -198,7 +238,7 @@ def main() -> None:
         )
         record = {
             "epoch": epoch + 1,
-            "step": (epoch + 1) * len(loader),
+            "step": (epoch + 1) * steps,
             "train_loss": train_loss,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
@@ -206,6 +246,7 @@ def main() -> None:
             **totals,
             "bytes_source": "counted by transport" if state is not None else "ring formula",
             **{name: getattr(args, name) for name in ("data", "codec", "seed", "batch_size", "lr")},
+            "fingerprint": workload.fingerprint,
             "parameters": parameters,
             "world_size": world_size,
             "backend": backend,
@@ -215,7 +256,7 @@ def main() -> None:
         if args.checkpoint:
             progress = {"epoch": epoch + 1, "totals": dict(totals), "records": records}
             parts = {name: part.state_dict() for name, part in kept.items()}
-            save(args.checkpoint, {"data": args.data, "codec": args.codec, **progress, **parts})
+            save(args.checkpoint, {**made_with, **progress, **parts})
         if args.metrics:
             args.metrics.parent.mkdir(parents=True, exist_ok=True)
             args.metrics.write_text("\n".join(records) + "\n")

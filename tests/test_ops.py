@@ -58,12 +58,16 @@ def threads(request, monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("fill", FILLS)
+OTHER_TYPES = [(fill, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64) for fill in FILLS[:2]]
+
+
+@pytest.mark.parametrize(("fill", "dtype"), [(fill, torch.float32) for fill in FILLS] + OTHER_TYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.usefixtures("threads")
-def test_kernels_equal_the_reference(sizes, fill):
+def test_kernels_equal_the_reference(sizes, fill, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "_SCRATCH", 1000)
     layers = gapped(sizes)
-    flat = filled(layers.extent + 2, fill)
+    flat = filled(layers.extent + 2, fill).to(dtype)
     found, wanted = cpu.moments(flat, layers), reference.moments(flat, layers)
     assert same_bits(found[0], wanted[0])
     finite = wanted[0].isfinite()

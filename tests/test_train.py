@@ -1,61 +1,17 @@
 """launch/train.py and a script of a user's own, started by torchrun as people start them."""
 
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
+from jobs import ROOT, ended, ended_but_copied, read, torchrun
 
-ROOT = Path(__file__).parents[1]
 EPOCHS = 3
 STEPS = 23  # ceil(ceil(1437 images / 2 ranks) / 32)
 SECONDS = ("step_s", "encode_s", "exchange_s", "decode_s")
 
 
-def torchrun(*arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def ended(job):
-    """What a job has printed, once it has ended well."""
-    try:
-        text, _ = job.communicate(timeout=150)
-    finally:
-        stop(job)
-    assert job.returncode == 0, text
-    assert "terminate called" not in text
-    return text
-
-
-def stop(job):
-    """End a job: torchrun passes the signal on to its workers."""
-    if job.poll() is None:
-        job.terminate()
-        try:
-            job.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            job.kill()
-            raise
-
-
 def train(*options):
     return torchrun(ROOT / "launch" / "train.py", "--codec=terngrad", "--batch-size=32", f"--epochs={EPOCHS}", *options)
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +20,7 @@ def whole_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
     metrics, checkpoint, copy = path / "a folder" / "metrics.jsonl", path / "checkpoint.pt", path / "copy.pt"
     job = train("--metrics", metrics, "--checkpoint", checkpoint)
-    try:
-        while job.poll() is None and not checkpoint.exists():
-            time.sleep(0.005)
-        if checkpoint.exists():
-            shutil.copy(checkpoint, copy)
-    finally:
-        printed = ended(job)
+    printed = ended_but_copied(job, checkpoint, copy)
     return printed, read(metrics), copy
 
 

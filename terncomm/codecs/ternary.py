@@ -8,6 +8,8 @@ from terncomm import ops
 from terncomm.codecs.base import Codec
 from terncomm.segments import Segments
 
+_PIECE = 1 << 16  # elements looked at together
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ternary(Codec):
@@ -55,15 +57,17 @@ class Ternary(Codec):
         return ops.clip_limit(*ops.moments(flat, segments), segments.lengths.to(flat.device), self.clip)
 
     def norm_lost(self, flat: torch.Tensor, layers: Segments) -> torch.Tensor | None:
-        """(L,) float32: what the clip takes from the norm of each layer; a zero or non-finite layer counts as 0."""
+        """(L,) float64: what the clip takes from the norm of each layer; a zero or non-finite layer counts as 0."""
         if self.clip is None:
             return None
-        values = flat.to(torch.float32)
-        kept = []
-        for limit, offset, size in zip(
-            self.measure(values, layers), layers.offsets.tolist(), layers.sizes, strict=True
-        ):
-            layer = values[offset : offset + size]
-            kept.append(torch.linalg.vector_norm(layer.clamp(-limit, limit)) / torch.linalg.vector_norm(layer))
-        share = 1 - torch.stack(kept)
+        limits = self.measure(flat, layers)
+        kept, whole = torch.zeros(2, len(layers), dtype=torch.float64, device=flat.device)
+        pieces = layers.blocks(_PIECE)
+        layer = torch.repeat_interleave(torch.arange(len(layers)), -(-layers.lengths // _PIECE)).tolist()
+        for number, offset, size in zip(layer, pieces.offsets.tolist(), pieces.sizes, strict=True):
+            values = flat[offset : offset + size].to(torch.float32)
+            whole[number] += torch.linalg.vector_norm(values, dtype=torch.float64).square()
+            limit = limits[number]
+            kept[number] += torch.linalg.vector_norm(values.clamp(-limit, limit), dtype=torch.float64).square()
+        share = 1 - (kept / whole).sqrt()
         return torch.where(torch.isfinite(share), share, 0.0)

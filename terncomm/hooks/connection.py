@@ -41,10 +41,11 @@ class Connection:
         consequence = isinstance(error, RankFailed)
         self._board.post({"where": where, "text": f"{type(error).__name__}: {error}", "consequence": consequence})
         self._group.close()  # other ranks in an exchange with this one need not wait for the timeout
-        if not consequence:
-            return error
-        told = self._board.read(self._patience_s)
-        return RankFailed(f"{self._board.explain(told)} Here, in {where}: {error}")
+        failure = error
+        if consequence:
+            failure = RankFailed(f"{self._board.explain(self._board.read(self._patience_s))} Here, in {where}: {error}")
+        self._board.linger(self._patience_s, everyone=not consequence)
+        return failure
 
 
 class Board:
@@ -54,6 +55,7 @@ class Board:
         self._store = store
         self._ranks = ranks  # global, in the order of the group
         self._rank = rank
+        self._others = [other for other in range(len(ranks)) if other != rank]
 
     def post(self, note: dict[str, Any]) -> None:
         """Leave this rank's note, if the store can still be reached."""
@@ -65,19 +67,34 @@ class Board:
     def read(self, patience_s: float) -> dict[int, dict[str, Any]] | None:
         """Notes by rank, as soon as all others have left theirs or one tells a cause; `None` without a store."""
         notes: dict[int, dict[str, Any]] = {}
-        others = [rank for rank in range(len(self._ranks)) if rank != self._rank]
         deadline = time.monotonic() + patience_s
         try:
             while True:
-                for rank in others:
+                for rank in self._others:
                     if rank not in notes and self._store.check([f"note/{rank}"]):
                         notes[rank] = json.loads(self._store.get(f"note/{rank}"))
                 told_why = any(not note["consequence"] for note in notes.values())
-                if told_why or len(notes) == len(others) or time.monotonic() > deadline:
+                if told_why or len(notes) == len(self._others) or time.monotonic() > deadline:
                     return notes
                 time.sleep(_POLL_S)
         except RuntimeError:
             return None
+
+    def linger(self, patience_s: float, *, everyone: bool) -> None:
+        """Stay until the others have read what they need, for the store may end with this rank.
+
+        everyone: wait also for ranks that have left no note yet.
+        """
+        deadline = time.monotonic() + patience_s
+        try:
+            self._store.set(f"heard/{self._rank}", "")
+            while time.monotonic() < deadline:
+                awaited = [r for r in self._others if everyone or self._store.check([f"note/{r}"])]
+                if all(self._store.check([f"heard/{r}"]) for r in awaited):
+                    return
+                time.sleep(_POLL_S)
+        except RuntimeError:
+            return
 
     def explain(self, notes: dict[int, dict[str, Any]] | None) -> str:
         """What happened, as far as the others have told."""
@@ -87,8 +104,7 @@ class Board:
             return " ".join(
                 f"{self._named(rank)} failed in {notes[rank]['where']}: {notes[rank]['text']}." for rank in causes
             )
-        silent = [rank for rank in range(len(self._ranks)) if rank != self._rank and rank not in notes]
-        if silent:
+        if silent := [rank for rank in self._others if rank not in notes]:
             names = ", ".join(map(self._named, silent))
             return f"No word from {names}: killed, ended or stuck; the output of that rank says more."
         return "The ranks lost their connections, and none of them is the cause: the network, or a timeout."
@@ -107,15 +123,16 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
     """
     theirs = backend_for(group, device)
     limit = _timeout(theirs)
-    patience_s = min(5.0, limit.total_seconds() / 10)  # to hear what others tell, still within the timeout
+    patience_s = min(5.0, limit.total_seconds() / 10)  # to hear what others tell; twice, still within the timeout
     rank, world_size = group.rank(), group.size()
     store = dist.distributed_c10d._get_process_group_store(group)
     count = store.add(f"terncomm/connections/{rank}", 1)
     store = PrefixStore(f"terncomm/{count}", store)
     ranks = dist.get_process_group_ranks(group)
     board = Board(store, ranks, rank)
-    _meet(store, ranks, rank, limit.total_seconds() - patience_s)
-    own = _backend_like(theirs, store, rank, world_size, limit - timedelta(seconds=patience_s)) or _registered(group)
+    limit -= timedelta(seconds=2 * patience_s)
+    _meet(store, ranks, rank, limit.total_seconds())
+    own = _backend_like(theirs, store, rank, world_size, limit) or _registered(group)
     transport = ProcessGroupTransport(own)
     del own
     connection = Connection(Metered(transport), transport, board, patience_s)

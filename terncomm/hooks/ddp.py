@@ -84,7 +84,7 @@ def register(
             process_group=ddp.process_group,
         )
         state._adopt(ddp.module)
-        configuration = {**state._configuration(), "bucket_cap_mb": ddp.bucket_bytes_cap / 2**20}
+        configuration = {**state._configuration(), "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3)}
     except (TypeError, ValueError) as error:
         refusal = error
         configuration = {"refused": str(refusal)}

@@ -91,6 +91,7 @@ class CommState:
         self._step = -1
         self._enabled = self._enabled_next = True
         self._clip_lost: dict[int, float] = {}
+        self._clip_unread: dict[tuple[int, ...], torch.Tensor] = {}  # shares that are still on a CUDA device
         self._clip_warned = self._sparse_warned = False
         self._group = process_group
         self._detach()
@@ -130,6 +131,9 @@ class CommState:
         seconds in the phases of the path, on its own thread. clip_norm_lost/NAME: share of the layer's gradient norm
         that clipping took, when last looked at (the first three coded steps and every hundredth).
         """
+        for layers, lost in self._clip_unread.items():
+            self._clip_lost.update(zip(layers, lost.tolist(), strict=True))
+        self._clip_unread.clear()
         sent = self._connection.transport.sent_bytes if self._connection else 0
         clock = self._clock
         return {
@@ -341,6 +345,9 @@ class CommState:
             return None
         lost = self.codec.norm_lost(flat, coded)
         if lost is None:
+            return None
+        if lost.is_cuda:  # read when statistics are asked for; the device must not be waited for here
+            self._clip_unread[tuple(coded.layers.tolist())] = lost
             return None
         self._clip_lost.update(zip(coded.layers.tolist(), lost.tolist(), strict=True))
         share, worst = lost.max(dim=0)

@@ -1,0 +1,283 @@
+"""Ranks that die, fail, stay away or differ: every other one says why, in time. Functions up to the tests run there."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked import run_job
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import terncomm
+from terncomm import exchange, ops, reduce
+from terncomm.codecs import codec_for
+
+TIMEOUT_S = 10.0
+VICTIM = 1
+
+
+def network(layers=6):
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(128, 128) for _ in range(layers)])
+
+
+def backward(model):
+    model(torch.randn(4, 128)).square().mean().backward()
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail():
+    raise ValueError("boom")
+
+
+def soon(act):
+    """Act in a moment, while what was called goes on."""
+    threading.Timer(0.0005, act).start()
+
+
+STAGES = {  # where the functions of the path are looked up
+    "measure": (type(codec_for("terngrad")), "measure"),
+    "share": (reduce, "share"),
+    "encode": (ops, "encode_pack"),
+    "exchange": (exchange, "run"),
+    "decode": (exchange.Piece, "decode"),
+}
+
+
+def disturb(stage, when, act):
+    """From now on, `act` before, during or after the next call of a stage."""
+    owner, name = STAGES[stage]
+    original = getattr(owner, name)
+
+    def disturbed(*args, **kwargs):
+        if when == "before":
+            act()
+        if when == "during":
+            soon(act)
+        result = original(*args, **kwargs)
+        if when == "after":
+            act()
+        return result
+
+    setattr(owner, name, disturbed)
+
+
+def train(stage, when, act, victim=VICTIM, codec="terngrad"):
+    """Three good steps; in the fourth the victim acts."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
+    terncomm.register(model, codec)
+    for step in range(6):
+        if step == 3 and dist.get_rank() == victim:
+            if stage == "forward":
+                act()
+            else:
+                disturb(stage, when, act)
+        backward(model)
+
+
+def goes_on_living(stage):
+    """The victim survives its own error and does something else."""
+    try:
+        train(stage, "before", fail)
+    except RuntimeError:
+        if dist.get_rank() != VICTIM:
+            raise
+        time.sleep(4)
+        sys.exit(7)
+
+
+def never_registers(kind):
+    """The victim trains without a hook, or has died before."""
+    model = DistributedDataParallel(network())
+    if dist.get_rank() == VICTIM:
+        if kind == "killed":
+            kill()
+    elif kind == "pair":
+        model.register_comm_hook(terncomm.CommState("int8"), terncomm.comm_hook)
+    else:
+        terncomm.register(model, "int8")
+    backward(model)
+
+
+def another_bucket_size(how):
+    """DDP itself takes rank 0's buckets once it has rebuilt them, which it does not where parameters may be unused."""
+    cap = 0.1 if dist.get_rank() == VICTIM else 25
+    model = DistributedDataParallel(network(layers=40), bucket_cap_mb=cap, find_unused_parameters=True)
+    if how == "register":
+        terncomm.register(model, "int8")
+    else:
+        model.register_comm_hook(terncomm.CommState("int8"), terncomm.comm_hook)
+    for _ in range(3):
+        backward(model)
+
+
+def another_version():
+    from terncomm.hooks import state
+
+    if dist.get_rank() == VICTIM:
+        state.__version__ = "0.0.9"
+    terncomm.register(DistributedDataParallel(network()), "int8")
+
+
+def disabled_on_one(codec):
+    model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
+    state = terncomm.register(model, codec)
+    for step in range(4):
+        if step == 2 and dist.get_rank() == VICTIM:
+            state.disable()
+        backward(model)
+
+
+def one_step_more():
+    """The victim ends its loop early and leaves."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
+    terncomm.register(model, "terngrad")
+    for _ in range(3 if dist.get_rank() == VICTIM else 5):
+        backward(model)
+    if dist.get_rank() == VICTIM:
+        os._exit(0)
+
+
+def stuck():
+    """The victim is busy for longer than the group waits."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
+    terncomm.register(model, "terngrad")
+    for step in range(3):
+        if step == 2 and dist.get_rank() == VICTIM:
+            time.sleep(TIMEOUT_S + 2)
+            os._exit(0)
+        backward(model)
+
+
+def interrupted():
+    """Ctrl-C reaches every rank of a terminal's job."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
+    terncomm.register(model, "terngrad")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for step in range(10_000):
+        if step == 5:
+            threading.Timer(0.05 + 0.01 * dist.get_rank(), os.kill, (os.getpid(), signal.SIGINT)).start()
+        backward(model)
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+pytestmark = pytest.mark.conformance
+SURVIVORS = (0, 2)
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_killed_in_a_stage_is_named(tmp_path, stage, when):
+    job = run_job(3, train, stage, when, kill, directory=tmp_path, timeout_s=TIMEOUT_S)
+    assert job[VICTIM].status == -signal.SIGKILL
+    for rank in SURVIVORS:
+        assert job[rank].status == 1, job[rank].text
+        assert f"No word from rank {VICTIM}: killed, ended or stuck" in job[rank].text
+        assert f"rank {2 - rank}:" not in job[rank].text, "a survivor is not accused"
+        assert "terminate called" not in job[rank].text
+        assert job[rank].seconds - job[VICTIM].seconds < TIMEOUT_S
+
+
+@pytest.mark.parametrize("codec", ["terngrad", "int8"])
+def test_a_rank_killed_between_steps_is_named(tmp_path, codec):
+    job = run_job(3, train, "forward", "", kill, VICTIM, codec, directory=tmp_path, timeout_s=TIMEOUT_S)
+    for rank in SURVIVORS:
+        assert job[rank].status == 1
+        assert f"No word from rank {VICTIM}" in job[rank].text
+        assert job[rank].seconds - job[VICTIM].seconds < TIMEOUT_S
+
+
+def test_the_rank_that_serves_the_store_is_killed(tmp_path):
+    job = run_job(3, train, "exchange", "before", kill, 0, directory=tmp_path, timeout_s=TIMEOUT_S)
+    for rank in (1, 2):
+        assert job[rank].status == 1
+        assert "the rank that serves it, in most jobs rank 0" in job[rank].text
+        assert job[rank].seconds - job[0].seconds < TIMEOUT_S
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_error_on_one_rank_reaches_all_in_its_own_words(tmp_path, stage):
+    job = run_job(3, train, stage, "before", fail, directory=tmp_path, timeout_s=TIMEOUT_S)
+    phase = {"measure": "encode", "share": "exchange"}.get(stage, stage)
+    assert "ValueError: boom" in job[VICTIM].text
+    for rank in SURVIVORS:
+        assert job[rank].status == 1
+        assert f"rank {VICTIM} failed in bucket 0 of step 3, {phase}: ValueError: boom." in job[rank].text
+        assert job[rank].seconds - job[VICTIM].seconds < TIMEOUT_S
+
+
+def test_others_need_not_wait_for_a_failed_rank_to_end(tmp_path):
+    job = run_job(3, goes_on_living, "encode", directory=tmp_path, timeout_s=60)
+    assert job[VICTIM].status == 7
+    for rank in SURVIVORS:
+        assert f"rank {VICTIM} failed in bucket 0 of step 3, encode: ValueError: boom." in job[rank].text
+        assert job[rank].seconds < job[VICTIM].seconds - 2
+
+
+@pytest.mark.parametrize("kind", ["killed", "register", "pair"])
+def test_a_rank_that_never_registers_is_named(tmp_path, kind):
+    job = run_job(3, never_registers, kind, directory=tmp_path, timeout_s=5)
+    for rank in SURVIVORS:
+        assert job[rank].status == 1
+        assert f"rank {VICTIM} has not come within 4 s. Every rank must call terncomm.register" in job[rank].text
+        assert job[rank].seconds < 5 + 3
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("register", "bucket_cap_mb: 25.0 on rank 0, 2; 0.1 on rank 1"),
+        ("pair", "bucket_cap_mb and the model must be equal on all ranks"),
+    ],
+)
+def test_another_bucket_size_on_one_rank(tmp_path, how, words):
+    for end in run_job(3, another_bucket_size, how, directory=tmp_path, timeout_s=TIMEOUT_S):
+        assert end.status == 1
+        assert words in end.text
+        assert end.seconds < 2 * TIMEOUT_S
+
+
+def test_another_version_on_one_rank(tmp_path):
+    for end in run_job(3, another_version, directory=tmp_path, timeout_s=TIMEOUT_S):
+        assert end.status == 1
+        assert f"terncomm version: {terncomm.__version__} on rank 0, 2; 0.0.9 on rank 1" in end.text
+
+
+@pytest.mark.parametrize("codec", ["terngrad", "int8"])
+def test_disabled_on_one_rank(tmp_path, codec):
+    for end in run_job(3, disabled_on_one, codec, directory=tmp_path, timeout_s=TIMEOUT_S):
+        assert end.status == 1
+        assert "switch it on and off at the same step" in end.text
+        assert end.seconds < 2 * TIMEOUT_S
+
+
+def test_a_rank_that_leaves_early_is_named(tmp_path):
+    job = run_job(3, one_step_more, directory=tmp_path, timeout_s=TIMEOUT_S)
+    for rank in SURVIVORS:
+        assert job[rank].status == 1
+        assert f"No word from rank {VICTIM}" in job[rank].text
+
+
+def test_a_rank_that_is_stuck_is_named_within_the_timeout(tmp_path):
+    job = run_job(3, stuck, directory=tmp_path, timeout_s=TIMEOUT_S)
+    for rank in SURVIVORS:
+        assert job[rank].status == 1
+        assert f"No word from rank {VICTIM}" in job[rank].text
+        assert job[rank].seconds < TIMEOUT_S + 2
+
+
+def test_ctrl_c_ends_every_rank(tmp_path):
+    for end in run_job(3, interrupted, directory=tmp_path, timeout_s=TIMEOUT_S, limit_s=TIMEOUT_S + 10):
+        assert end.status != 0
+        assert "KeyboardInterrupt" in end.text or "No word from rank" in end.text
+        assert "terminate called" not in end.text
+        assert end.seconds < 2 * TIMEOUT_S
