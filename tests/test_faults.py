@@ -1,6 +1,7 @@
 """Ranks that die, fail, stay away or differ: every other one says why, in time. Functions up to the tests run there."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -228,7 +229,7 @@ def test_a_rank_that_never_registers_is_named(tmp_path, kind):
     job = run_job(3, never_registers, kind, directory=tmp_path, timeout_s=5)
     for rank in SURVIVORS:
         assert job[rank].status == 1
-        assert f"rank {VICTIM} has not come within 4 s. Every rank must call terncomm.register" in job[rank].text
+        assert re.search(rf"rank {VICTIM} has not come within [45] s. Every rank must call terncomm", job[rank].text)
         assert job[rank].seconds < 5 + 3
 
 

@@ -149,13 +149,20 @@ def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
     begin = time.monotonic()
     noticed = False
     absent = [other for other in range(len(ranks)) if other != rank]
-    while absent := [other for other in absent if not store.check([f"here/{other}"])]:
+    while True:
+        try:
+            absent = [other for other in absent if not store.check([f"here/{other}"])]
+            lost = ""
+        except RuntimeError as error:  # the rank that serves the store has ended, most likely for want of the others
+            lost = f" (the store is gone: {error})"
+        if not absent:
+            return
         waited_s = time.monotonic() - begin
         names = ", ".join(str(ranks[other]) for other in absent)
-        if waited_s > limit_s:
+        if lost or waited_s > limit_s:
             raise RankFailed(
-                f"rank {names} has not come within {limit_s:.0f} s. Every rank must call terncomm.register on its DDP "
-                "model, or register terncomm.comm_hook and run backward, equally often; or it was killed on the way."
+                f"rank {names} has not come within {waited_s:.0f} s. Every rank must call terncomm.register on its DDP "
+                f"model, or register terncomm.comm_hook and run backward, equally often; or it was killed{lost}."
             )
         if waited_s > _NOTICE_S and not noticed:
             noticed = True

@@ -123,6 +123,8 @@ def is_coded(gradient: torch.Tensor, min_numel: int = 1024) -> bool:
 
 def exact_mean(rows: list[torch.Tensor]) -> torch.Tensor:
     """Added in rank order, at least in float32, then divided and cast: the mean of what travels exactly."""
+    if rows[0].is_complex():  # whose division rounds otherwise
+        return torch.view_as_complex(exact_mean([torch.view_as_real(row) for row in rows]))
     total = torch.zeros_like(rows[0], dtype=torch.promote_types(rows[0].dtype, torch.float32))
     for row in rows:
         total += row

@@ -276,13 +276,12 @@ def test_types_side_by_side_in_one_model(on_ranks, world_size, codec):
             assert (gradient.double() - rows.mean(0)).abs().max() <= steps * step + rounding, (number, n)
 
 
-@pytest.mark.xfail(reason="DDP hands over real views of complex gradients, which are miscounted", strict=True)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("codec", CODECS)
 def test_complex_gradients_are_averaged_exactly(on_ranks, codec, dtype):
     told = on_ranks(3, complex_parameters, codec, dtype)
     assert not any(isinstance(rank, str) for rank in told), told[0]
-    assert told[0][0][1][2].dtype == dtype
+    assert [g.dtype for g in told[0][0][1]][:2] == [dtype] * 2
     check(told, codec)
 
 
@@ -356,7 +355,6 @@ def test_sparse_gradients_are_averaged_exactly(on_ranks, world_size, codec):
             assert same(ours[2:], [mean[n] for n in range(2, len(ours))])
 
 
-@pytest.mark.xfail(reason="each model is warned of, and torch warns of an unchecked constructor", strict=True)
 def test_sparse_gradients_are_warned_of_once():
     fresh = Ranks()  # once in a process: not where another test was warned
     try:
