@@ -14,49 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from namespaces import INTERFACE, NotPermitted, address, namespaces, sent_bytes
 
 CODECS = ("none", "fp16", "int8", "terngrad")
-PREFIX = "tcbench"
-BURST = "256kb"  # below this, 1 Gbit is not reached: segmentation offload sends bursts of 64 KB
-
-
-def run(command: str) -> None:
-    done = subprocess.run(command.split(), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"bandwidth.py: `{command}` failed: {done.stderr.strip()} (root, or unshare -rn, is needed)")
-
-
-def build(ranks: int, rate: str) -> None:
-    """Namespaces PREFIX0.. on one switch namespace, every port limited to `rate` in both directions."""
-    run(f"ip netns add {PREFIX}sw")
-    run(f"ip -n {PREFIX}sw link add br0 type bridge")
-    run(f"ip -n {PREFIX}sw link set br0 up")
-    for rank in range(ranks):
-        name = f"{PREFIX}{rank}"
-        run(f"ip netns add {name}")
-        run(f"ip link add e0 netns {name} type veth peer name s{rank} netns {PREFIX}sw")
-        run(f"ip -n {name} addr add 10.77.0.{rank + 1}/24 dev e0")
-        run(f"ip -n {name} link set lo up")
-        run(f"ip -n {name} link set e0 up")
-        run(f"ip -n {PREFIX}sw link set s{rank} master br0 up")
-        if rate != "none":
-            for where, device in ((name, "e0"), (f"{PREFIX}sw", f"s{rank}")):
-                limit = f"rate {rate} burst {BURST} latency 50ms"
-                run(f"ip netns exec {where} tc qdisc add dev {device} root tbf {limit}")
-
-
-def remove() -> None:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    for line in listed.splitlines():
-        if line.startswith(PREFIX):
-            subprocess.run(["ip", "netns", "del", line.split()[0]], check=False)
-
-
-def sent_bytes() -> int:
-    """Bytes that this namespace's e0 has sent."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("e0:"))
-    return int(line.split(":")[1].split()[8])
 
 
 def rank_main(arguments: argparse.Namespace) -> None:
@@ -103,28 +64,28 @@ def rank_main(arguments: argparse.Namespace) -> None:
 
 def measure(rate: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Rows of all codecs on links of `rate`."""
-    remove()
     children = []
     try:
-        build(arguments.ranks, rate)
-        for rank in range(arguments.ranks):
-            env = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "10.77.0.1",
-                "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "e0", "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = ["ip", "netns", "exec", f"{PREFIX}{rank}", sys.executable, __file__, "--rank-of", rate]
-            command += ["--steps", str(arguments.steps), "--layers", str(arguments.layers)]
-            children.append(
-                subprocess.Popen(command, env=env, stdout=subprocess.PIPE if rank == 0 else None, text=True)
-            )
-        out, _ = children[0].communicate(timeout=600)
-        if any(child.wait(timeout=60) for child in children):
-            raise SystemExit(f"bandwidth.py: a rank failed at {rate}, see above")
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-        remove()
+        with namespaces(arguments.ranks, None if rate == "none" else rate) as names:
+            try:
+                for rank, name in enumerate(names):
+                    env = os.environ | {
+                        "RANK": str(rank), "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": address(0),
+                        "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1",
+                    }  # fmt: skip
+                    command = ["ip", "netns", "exec", name, sys.executable, __file__, "--rank-of", rate]
+                    command += ["--steps", str(arguments.steps), "--layers", str(arguments.layers)]
+                    out = subprocess.PIPE if rank == 0 else None
+                    children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
+                out, _ = children[0].communicate(timeout=600)
+                if any(child.wait(timeout=60) for child in children):
+                    raise SystemExit(f"bandwidth.py: a rank failed at {rate}, see above")
+            finally:
+                for child in children:
+                    child.kill()
+                    child.wait()
+    except NotPermitted as error:
+        raise SystemExit(f"bandwidth.py: {error}") from None
     found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     base = statistics.median(found[0]["times"])
     rows = []

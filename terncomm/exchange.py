@@ -118,25 +118,76 @@ class Piece:
             ops.unpack_decode(self.rows, self.packing, segments, unit, *where, out)
 
 
+class FloatMean:
+    """The mean of floats over ranks, as two messages in which other things may travel too.
+
+    Everyone sends row r to rank r, which adds in rank order and sends the mean of its row to all; the few elements that
+    make no whole row everyone sends to all. So are all, where they fit one message. Same bits in every engine: added
+    in float64 for float64 and else in float32, divided by W, then cast back.
+    """
+
+    def __init__(self, values: torch.Tensor, world_size: int) -> None:
+        """values: (n,) contiguous floats, replaced by their mean in :meth:`finish`."""
+        self._values = values
+        self._row = _float_row(values.numel(), values.element_size(), world_size)
+        self._whole = self._row * world_size
+        self._world_size = world_size
+
+    def rows(self) -> torch.Tensor:
+        """(W, k) uint8: row r for rank r."""
+        octets = self._row * self._values.element_size()
+        return self._values[: self._whole].view(torch.uint8).view(self._world_size, octets)
+
+    def payload(self, received: torch.Tensor) -> torch.Tensor:
+        """The rows that came, (W, k) uint8 -> (m,) uint8 for everyone."""
+        mean = _ordered_mean(_floats(received, self._values))
+        return torch.cat([mean, self._values[self._whole :]]).view(torch.uint8)
+
+    def finish(self, received: torch.Tensor) -> None:
+        """Everyone's payload, (W, m) uint8 -> the mean, in place."""
+        floats = _floats(received, self._values)
+        self._values[: self._whole].view(self._world_size, self._row).copy_(floats[:, : self._row])
+        self._values[self._whole :] = _ordered_mean(floats[:, self._row :])
+
+
+def _floats(octets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(W, k) uint8 -> (W, m) of the type of `like`."""
+    flat = octets.flatten()
+    if flat.storage_offset() % like.element_size():
+        flat = flat.clone()
+    return flat.view(like.dtype).view(len(octets), octets.shape[1] // like.element_size())
+
+
+def _float_row(numel: int, itemsize: int, world_size: int) -> int:
+    """Elements of the row that a rank adds up; none if all go in one message."""
+    return 0 if (world_size - 1) * numel * itemsize <= SMALL else numel // world_size
+
+
 def run(
     fill: Callable[[int, torch.Tensor], None],
     plan: Plan,
     returned: SumFormat | None,
     transport: Transport,
-    device: torch.device,
+    along: FloatMean,
 ) -> Iterator[Piece]:
     """This rank's codes -> the sums over ranks, piece by piece.
 
-    fill: called with a row and its place, (k,) uint8 on `device`, to pack the codes plan.rows[row] there.
-    returned: the format in which sums travel back, `None` for exact. All collectives are done before the first piece.
+    fill: called with a row and its place, (k,) uint8, to pack the codes plan.rows[row] there.
+    returned: the format in which sums travel back, `None` for exact.
+    along: floats (n,), perhaps none, that travel in the same messages and are finished too.
+    All collectives are done before the first piece.
     """
-    owned = plan.owned
-    packed = torch.empty((len(plan.rows), plan.packing.nbytes(plan.packed_length)), dtype=torch.uint8, device=device)
-    for row in range(len(plan.rows)):
-        fill(row, packed[row])
+    owned, length = plan.owned, plan.packed_length
+    nbytes = plan.packing.nbytes(length)
+    floats = along.rows()
     if plan.algorithm == "gather":
-        received = transport.all_gather(packed[0])
-        whole = Piece(0, plan.edges[-1], received, plan.packing, plan.packed_length)
+        payload = along.payload(transport.all_to_all(floats) if floats.numel() else floats)
+        message = payload.new_empty(nbytes + len(payload))
+        fill(0, message[:nbytes])
+        message[nbytes:] = payload
+        received = transport.all_gather(message)
+        along.finish(received[:, nbytes:])
+        whole = Piece(0, plan.edges[-1], received[:, :nbytes], plan.packing, length)
         if returned is None:
             return iter([whole])
         totals = whole.totals()
@@ -144,17 +195,26 @@ def run(
             Piece(begin, end, returned.unpack(row, returned.pack(row, totals[begin:end])))
             for row, (begin, end) in enumerate(owned)
         )
+    packed = floats.new_empty(plan.world_size, nbytes + floats.shape[1])
+    for row in range(plan.world_size):
+        fill(row, packed[row, :nbytes])
+    packed[:, nbytes:] = floats
     received = transport.all_to_all(packed)
     del packed
-    mine = ops.unpack_sum(received, plan.packing, plan.packed_length)
+    payload = along.payload(received[:, nbytes:])
+    mine = ops.unpack_sum(received[:, :nbytes], plan.packing, length)
     del received
     if returned is not None:
         begin, end = owned[transport.rank]
-        sums = transport.all_gather(returned.pack(transport.rank, mine[: end - begin]))
-        return (Piece(b, e, returned.unpack(row, sums[row])) for row, (b, e) in enumerate(owned))
+        sums = transport.all_gather(torch.cat([returned.pack(transport.rank, mine[: end - begin]), payload]))
+        nbytes = returned.nbytes
+        along.finish(sums[:, nbytes:])
+        return (Piece(b, e, returned.unpack(row, sums[row, :nbytes])) for row, (b, e) in enumerate(owned))
     packing = _sum_packing(plan)
-    sums = transport.all_gather(ops.pack(mine, packing))
-    return (Piece(b, e, sums[row : row + 1], packing, plan.packed_length) for row, (b, e) in enumerate(owned))
+    nbytes = packing.nbytes(length)
+    sums = transport.all_gather(torch.cat([ops.pack(mine, packing), payload]))
+    along.finish(sums[:, nbytes:])
+    return (Piece(b, e, sums[row : row + 1, :nbytes], packing, length) for row, (b, e) in enumerate(owned))
 
 
 def all_reduce(
@@ -174,55 +234,34 @@ def all_reduce(
         begin, end = plan.rows[row]
         out.copy_(ops.pack(torch.nn.functional.pad(codes[begin:end], (0, length - (end - begin))), plan.packing))
 
-    return torch.cat([piece.totals() for piece in run(fill, plan, None, transport, codes.device)])
+    nothing = FloatMean(torch.empty(0, device=codes.device), transport.world_size)
+    return torch.cat([piece.totals() for piece in run(fill, plan, None, transport, nothing)])
 
 
 def all_reduce_max(values: torch.Tensor, transport: Transport) -> torch.Tensor:
     """(n,) float32 without NaN -> the maximum over ranks, exact in any order; for many scales: 2 (W - 1) / W * 4 n."""
     length = -(-len(values) // transport.world_size)
     rows = torch.nn.functional.pad(values, (0, transport.world_size * length - len(values)))
-    largest = _all_to_all(rows, transport).amax(dim=0)
-    return _all_gather(largest, transport).flatten()[: len(values)]
+    received = transport.all_to_all(rows.view(torch.uint8).view(transport.world_size, 4 * length))
+    largest = received.view(torch.float32).amax(dim=0)
+    return transport.all_gather(largest.view(torch.uint8)).view(torch.float32).flatten()[: len(values)]
 
 
 def all_reduce_float_mean(values: torch.Tensor, transport: Transport) -> torch.Tensor:
-    """Replace (n,) contiguous floats by their mean over ranks: the same bits on every rank and in every engine.
+    """Replace (n,) contiguous floats by their mean over ranks; the bytes of a ring all-reduce. See :class:`FloatMean`.
 
-    Added in rank order, in float64 for float64 and else in float32, divided by W, then cast back. The bytes are those
-    of a ring all-reduce; up to SMALL of them travel in one round instead of two. Takes as much memory as `values`.
+    Takes as much memory as `values` have.
     """
-    world_size = transport.world_size
-    if world_size == 1 or len(values) == 0:
-        return values
-    if (world_size - 1) * values.nbytes <= SMALL:
-        return values.copy_(_ordered_mean(_all_gather(values, transport)))
-    row, rest = divmod(len(values), world_size)
-    mean = _ordered_mean(_all_to_all(values[: row * world_size], transport))
-    # The few elements that make no whole row are sent along by everyone.
-    received = _all_gather(torch.cat([mean, values[row * world_size :]]), transport)
-    values[: row * world_size].view(world_size, row).copy_(received[:, :row])
-    if rest:
-        values[row * world_size :] = _ordered_mean(received[:, row:])
+    if transport.world_size > 1 and len(values):
+        mean = FloatMean(values, transport.world_size)
+        mean.finish(transport.all_gather(mean.payload(transport.all_to_all(mean.rows()))))
     return values
 
 
 def float_traffic(numel: int, itemsize: int, world_size: int) -> int:
     """Bytes that each rank sends for `numel` floats in :func:`all_reduce_float_mean`."""
-    if (world_size - 1) * numel * itemsize <= SMALL:
-        return (world_size - 1) * numel * itemsize
-    row, rest = divmod(numel, world_size)
-    return (world_size - 1) * (2 * row + rest) * itemsize
-
-
-def _all_to_all(values: torch.Tensor, transport: Transport) -> torch.Tensor:
-    """(W m,) of any type, m for each rank in turn -> (W, m)."""
-    rows = values.view(torch.uint8).view(transport.world_size, -1)
-    return transport.all_to_all(rows).view(values.dtype)
-
-
-def _all_gather(values: torch.Tensor, transport: Transport) -> torch.Tensor:
-    """(m,) of any type -> (W, m)."""
-    return transport.all_gather(values.view(torch.uint8)).view(values.dtype)
+    row = _float_row(numel, itemsize, world_size)
+    return (world_size - 1) * (numel - (world_size - 2) * row) * itemsize
 
 
 def _ordered_mean(rows: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ _HEADER = struct.Struct("<qqqqqII")  # the fields of _Header
 _PROLOGUE_NBYTES = 256
 _INLINE = (_PROLOGUE_NBYTES - _HEADER.size) // 4  # scales that fit beside the header
 _NONE = Segments(())
+_ALONG = 1 << 17  # elements that travel exactly, and in the same messages as the codes
 _LARGE = 1 << 20  # elements of a layer that travels exactly and, between others, on its own
 
 
@@ -232,11 +233,9 @@ def all_reduce_mean(
         local = codec.measure(flat, scaled) if codec else torch.zeros(0, device=flat.device)
     with clock("exchange"):
         shared = share(local, header, transport, later)
-        for part in exact.parts(_LARGE) if exact.numel else ():
-            values = part.take(flat)
-            exchanges.all_reduce_float_mean(values, transport)
-            if not part.contiguous:
-                part.put(values, flat)
+        along = exact if segments.numel and exact.numel <= _ALONG else _NONE
+        for part in () if along is exact else _parts(exact):
+            part.put(exchanges.all_reduce_float_mean(part.take(flat), transport), flat)
     if codec is None or segments.numel == 0:
         return flat
 
@@ -250,7 +249,9 @@ def all_reduce_mean(
             ops.encode_pack(flat, scaled, how, plan.packing, plan.rows[row][0], plan.packed_length, out)
 
     with clock("exchange"):
-        pieces = exchanges.run(fill, plan, returned, transport, flat.device)
+        values = along.take(flat)
+        pieces = exchanges.run(fill, plan, returned, transport, exchanges.FloatMean(values, world_size))
+        along.put(values, flat)
     with clock("decode"):
         unit = codec.unit(shared, world_size)
         for piece in pieces:
@@ -258,10 +259,13 @@ def all_reduce_mean(
     return flat
 
 
+def _parts(exact: Segments) -> list[Segments]:
+    return exact.parts(_LARGE) if exact.numel else []
+
+
 def exact_traffic(exact: Segments, itemsize: int, world_size: int) -> int:
     """Bytes that each rank sends for layers that are averaged without a codec."""
-    parts = exact.parts(_LARGE) if exact.numel else ()
-    return sum(exchanges.float_traffic(part.numel, itemsize, world_size) for part in parts)
+    return sum(exchanges.float_traffic(part.numel, itemsize, world_size) for part in _parts(exact))
 
 
 def all_reduce_mean_sparse(

@@ -191,6 +191,8 @@ class Segments:
 
     def put(self, dense: torch.Tensor, flat: torch.Tensor) -> None:
         """Write dense (numel,) back to its places in `flat`."""
+        if self.contiguous and dense.data_ptr() == flat[int(self.table[0, 0]) if len(self) else 0 :].data_ptr():
+            return  # what `take` gave is a view
         for offset, piece in zip(self.offsets.tolist(), torch.split(dense, list(self.sizes)), strict=True):
             flat[offset : offset + piece.numel()] = piece
 

@@ -3,6 +3,7 @@
 A server process that has imported torch and the kernels forks the ranks, so a job starts in a moment.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import namespaces
 
 
 class Ended(NamedTuple):
@@ -31,8 +34,12 @@ def run_job(
     directory: Path,
     timeout_s: float = 10.0,
     limit_s: float = 60.0,
+    names: list[str] | None = None,
 ) -> list[Ended]:
-    """`target(*args)` on every rank of a gloo world; rank 0 serves the store. Fails if a rank outlives `limit_s`."""
+    """`target(*args)` on every rank of a gloo world; rank 0 serves the store. Fails if a rank outlives `limit_s`.
+
+    names: network namespaces, one per rank, to run in.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["forked_server", target.__module__])
     with socket.socket() as free:
@@ -47,7 +54,7 @@ def run_job(
     logs = [directory / f"rank-{rank}.log" for rank in range(world_size)]
     began = time.monotonic()
     processes = [
-        context.Process(target=_rank, args=(rank, world_size, port, timeout_s, log, target, args))
+        context.Process(target=_rank, args=(rank, world_size, port, timeout_s, log, target, args, names))
         for rank, log in enumerate(logs)
     ]
     ended: dict[int, float] = {}
@@ -70,7 +77,14 @@ def run_job(
     return [Ended(p.exitcode, text, ended[r]) for r, (p, text) in enumerate(zip(processes, texts, strict=True))]
 
 
-def _rank(rank, world_size, port, timeout_s, log, target, args):
+def _enter(name):
+    """Move this process to a network namespace."""
+    with open(f"/var/run/netns/{name}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"setns to {name}")
+
+
+def _rank(rank, world_size, port, timeout_s, log, target, args, names):
     import faulthandler
 
     import torch
@@ -83,7 +97,11 @@ def _rank(rank, world_size, port, timeout_s, log, target, args):
     faulthandler.enable(sys.stderr)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    if names:
+        _enter(names[rank])
+        os.environ["GLOO_SOCKET_IFNAME"] = namespaces.INTERFACE
+    master = namespaces.address(0) if names else "127.0.0.1"
+    os.environ |= {"MASTER_ADDR": master, "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(world_size)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     try:

@@ -186,6 +186,12 @@ def _unpacked(rows: torch.Tensor, how: Packing, whole: int) -> int:
     return max(whole, 1) if len(rows) == 1 else max(_PIECE // block, 1) * block
 
 
+def _columns(source: np.ndarray, how: Packing, begin: int, end: int) -> np.ndarray:
+    """The packed codes [begin, end) of every row, contiguous and aligned."""
+    piece = np.ascontiguousarray(source[:, how.nbytes(begin) : how.nbytes(end)])
+    return piece.copy() if piece.ctypes.data % how.word_bytes else piece
+
+
 def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.unpack_sum`."""
     out = torch.empty(count, dtype=torch.int32)
@@ -193,7 +199,7 @@ def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
 
     def work(begin: int, end: int) -> None:
         for at, to in _cuts(begin, end, _unpacked(rows, how, end - begin)):
-            piece = np.ascontiguousarray(source[:, how.nbytes(at) : how.nbytes(to)])
+            piece = _columns(source, how, at, to)
             kernels.unpack_sum(piece, np.int32(how.low), how.radix, how.digits, how.word_bytes, target[at:to])
 
     _in_pieces(work, count, kernels.GROUP * how.digits)
@@ -229,7 +235,7 @@ def unpack_decode(
     def work(first: int, last: int) -> None:
         for at, to in _cuts(first, last, min(_unpacked(rows, how, last - first), _scratch(out, last - first, block))):
             here = min(begin + at, end), min(begin + to, end)
-            piece = np.ascontiguousarray(source[:, how.nbytes(at) : how.nbytes(to)])
+            piece = _columns(source, how, at, to)
             with _written(out, segments, *here) as (target, offsets):
                 kernels.unpack_decode(
                     piece, np.int32(how.low), how.radix, how.digits, how.word_bytes,

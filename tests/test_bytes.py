@@ -1,0 +1,54 @@
+"""The bytes that are counted are the bytes that leave the network interface."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked import run_job
+from namespaces import NotPermitted, namespaces, sent_bytes
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import terncomm
+
+pytestmark = [pytest.mark.conformance, pytest.mark.root]
+CODECS = ("terngrad", "int8", "exact")
+SHORT, LONG = 3, 9
+
+
+def count(path):
+    """Interface and counted bytes of LONG steps less those of SHORT ones, by codec."""
+    told = {}
+    for codec in CODECS:
+        network = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 1024), nn.Linear(1024, 8))
+        model = DistributedDataParallel(network)
+        state = terncomm.register(model, "terngrad" if codec == "exact" else codec)
+        if codec == "exact":
+            state.disable()
+        inputs = torch.randn(2, 1024, generator=torch.Generator().manual_seed(dist.get_rank()))
+        seen = []
+        for steps in (3, SHORT, LONG):  # the first three are not looked at
+            dist.barrier()
+            before = sent_bytes(), state.stats()["wire_bytes"]
+            for _ in range(steps):
+                model(inputs).square().mean().backward()
+            dist.barrier()
+            seen.append((sent_bytes() - before[0], state.stats()["wire_bytes"] - before[1]))
+        (_, (interface, counted), (interface_long, counted_long)) = seen
+        told[codec] = interface_long - interface, counted_long - counted
+    (path / f"bytes-{dist.get_rank()}.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_interface_and_count_agree_within_3_percent(tmp_path, world_size):
+    try:
+        with namespaces(world_size) as names:
+            job = run_job(world_size, count, tmp_path, directory=tmp_path, timeout_s=60, limit_s=120, names=names)
+    except NotPermitted as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    assert [end.status for end in job] == [0] * world_size, "\n".join(end.text for end in job)
+    for rank in range(world_size):
+        for codec, (interface, counted) in json.loads((tmp_path / f"bytes-{rank}.json").read_text()).items():
+            assert counted > 100_000
+            assert interface == pytest.approx(counted, rel=0.03), (codec, interface / counted)
