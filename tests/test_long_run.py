@@ -1,0 +1,68 @@
+"""Ten thousand steps take no more memory, descriptors or threads than a thousand; nor do many models one after another."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import terncomm
+
+STEPS = 10_000
+
+
+def resources():
+    """Resident memory in bytes, open descriptors, Python threads, all threads."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    rss = 1024 * int(status["VmRSS"].split()[0])
+    return rss, len(os.listdir("/proc/self/fd")), threading.active_count(), int(status["Threads"])
+
+
+def long_run(codec):
+    """Resources after a thousand steps and at the end, of a job that logs its statistics now and then."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(*[nn.Linear(48, 48) for _ in range(2)]))
+    state = terncomm.register(model, codec)
+    inputs = torch.randn(4, 48, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for step in range(STEPS):
+        model.zero_grad()
+        model(inputs).square().mean().backward()
+        if step % 100 == 0:
+            state.stats()
+        if step == 999:
+            early = resources()
+    return early, resources(), state.stats()["steps"]
+
+
+def many_models():
+    """Resources after ten models and hooks, and after sixty."""
+    told = []
+    for number in range(60):
+        model = DistributedDataParallel(nn.Linear(48, 48))
+        terncomm.register(model, "int8")
+        model(torch.ones(1, 48)).sum().backward()
+        del model
+        if number in (9, 59):
+            told.append(resources())
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["terngrad", "int8"])
+def test_ten_thousand_steps_do_not_grow(on_ranks, codec):
+    for early, late, steps in on_ranks(2, long_run, codec, limit_s=240):
+        assert steps == STEPS
+        assert late[0] - early[0] < 2e6, "resident memory, bytes"
+        assert late[1:] == early[1:]
+
+
+def test_hooks_end_with_their_models(on_ranks):
+    for early, late in on_ranks(2, many_models):
+        assert late[0] - early[0] < 4e6
+        assert late[1] - early[1] <= 2, "open descriptors"
+        assert late[2] - early[2] <= 1, "Python threads"
+        assert late[3] - early[3] <= 4, "threads"
