@@ -35,10 +35,12 @@ def run_job(
     timeout_s: float = 10.0,
     limit_s: float = 60.0,
     names: list[str] | None = None,
+    stopped: int | None = None,
 ) -> list[Ended]:
     """`target(*args)` on every rank of a gloo world; rank 0 serves the store. Fails if a rank outlives `limit_s`.
 
     names: network namespaces, one per rank, to run in.
+    stopped: a rank that stops itself, which is not waited for.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["forked_server", target.__module__])
@@ -61,20 +63,25 @@ def run_job(
     try:
         for process in processes:
             process.start()
-        while len(ended) < world_size and time.monotonic() - began < limit_s:
+        while len(ended) < world_size - (stopped is not None) and time.monotonic() - began < limit_s:
             for rank, process in enumerate(processes):
                 if rank not in ended and process.exitcode is not None:
                     ended[rank] = time.monotonic() - began
             time.sleep(0.01)
     finally:
         for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGABRT)  # faulthandler writes where it is
+            if process.is_alive():  # on SIGABRT faulthandler writes where it is
+                os.kill(
+                    process.pid,
+                    signal.SIGKILL if stopped is not None and process is processes[stopped] else signal.SIGABRT,
+                )
             process.join()
     texts = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
-    late = [rank for rank in range(world_size) if rank not in ended]
+    late = [rank for rank in range(world_size) if rank not in ended and rank != stopped]
     assert not late, f"rank {late} still ran after {limit_s} s:\n" + "\n".join(texts)
-    return [Ended(p.exitcode, text, ended[r]) for r, (p, text) in enumerate(zip(processes, texts, strict=True))]
+    return [
+        Ended(p.exitcode, text, ended.get(r, limit_s)) for r, (p, text) in enumerate(zip(processes, texts, strict=True))
+    ]
 
 
 def _enter(name):

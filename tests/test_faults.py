@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
-from terncomm import exchange, ops, reduce
+from terncomm import exchange, ops, reduce, transports
 from terncomm.codecs import codec_for
 
 TIMEOUT_S = 10.0
@@ -147,6 +147,41 @@ def one_step_more():
         os._exit(0)
 
 
+def ring():
+    """The victim is killed in the middle of a large all-gather, which goes from rank to rank."""
+    model = DistributedDataParallel(nn.Linear(1536, 1536, bias=False))
+    terncomm.register(model, "terngrad", exchange="gather")
+    for step in range(4):
+        if step == 2 and dist.get_rank() == VICTIM:
+            transports.ProcessGroupTransport._ring = lambda *args: kill()
+        model(torch.randn(1, 1536)).sum().backward()
+
+
+def stopped(victim):
+    """The victim's process stops, and so does all that it serves."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
+    terncomm.register(model, "terngrad")
+    for step in range(4):
+        if step == 2 and dist.get_rank() == victim:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        backward(model)
+
+
+def late(seconds):
+    """The victim comes after the others have given up, and they try again with it."""
+    model = DistributedDataParallel(network())
+    if dist.get_rank() == VICTIM:
+        time.sleep(seconds)
+    else:
+        try:
+            terncomm.register(model, "int8")
+        except terncomm.transports.RankFailed as error:
+            print("gave up:", error)
+    terncomm.register(model, "int8")
+    backward(model)
+    print("trained")
+
+
 def stuck():
     """The victim is busy for longer than the group waits."""
     model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
@@ -201,7 +236,7 @@ def test_the_rank_that_serves_the_store_is_killed(tmp_path):
     job = run_job(3, train, "exchange", "before", kill, 0, directory=tmp_path, timeout_s=TIMEOUT_S)
     for rank in (1, 2):
         assert job[rank].status == 1
-        assert "the rank that serves it, in most jobs rank 0" in job[rank].text
+        assert "store does not answer: the rank that serves it, often rank 0, has ended or is stuck" in job[rank].text
         assert job[rank].seconds - job[0].seconds < TIMEOUT_S
 
 
@@ -266,6 +301,33 @@ def test_a_rank_that_leaves_early_is_named(tmp_path):
     for rank in SURVIVORS:
         assert job[rank].status == 1
         assert f"No word from rank {VICTIM}" in job[rank].text
+
+
+def test_a_rank_killed_in_a_ring_is_named_by_all(tmp_path):
+    job = run_job(4, ring, directory=tmp_path, timeout_s=TIMEOUT_S)
+    for rank in (0, 2, 3):
+        assert job[rank].status == 1
+        assert f"No word from rank {VICTIM}: killed" in job[rank].text
+        assert job[rank].seconds - job[VICTIM].seconds < TIMEOUT_S / 2
+
+
+def test_a_rank_that_is_stopped_is_named_within_the_timeout(tmp_path):
+    for victim, words in (
+        (1, "No word from rank 1: killed, ended or stuck"),
+        (0, "often rank 0, has ended or is stuck"),
+    ):
+        job = run_job(3, stopped, victim, directory=tmp_path, timeout_s=TIMEOUT_S, stopped=victim)
+        for rank in {0, 1, 2} - {victim}:
+            assert job[rank].status == 1, job[rank].text
+            assert words in job[rank].text
+            assert job[rank].seconds < TIMEOUT_S + 4
+
+
+def test_ranks_that_gave_up_meet_when_they_try_again(tmp_path):
+    job = run_job(2, late, 5, directory=tmp_path, timeout_s=5)
+    assert [end.status for end in job] == [0, 0], job[0].text + job[1].text
+    assert "gave up: rank 1 has not come" in job[0].text
+    assert [end.text.count("trained") for end in job] == [1, 1]
 
 
 def test_a_rank_that_is_stuck_is_named_within_the_timeout(tmp_path):

@@ -1,4 +1,4 @@
-"""Ten thousand steps take no more memory, descriptors or threads than a thousand; nor do many models one after another."""
+"""Ten thousand steps take no more memory, descriptors or threads than a thousand; nor do many models in turn."""
 
 import os
 import threading

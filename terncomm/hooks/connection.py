@@ -2,9 +2,14 @@
 
 import json
 import logging
+import queue
+import threading
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +20,8 @@ from terncomm.transports import Metered, ProcessGroupTransport, RankFailed
 from terncomm.transports.process_group import backend_for
 
 _log = logging.getLogger("terncomm")
+
+T = TypeVar("T")
 
 _POLL_S = 0.02
 _NOTICE_S = 10.0  # one log line when other ranks are late by this much
@@ -27,11 +34,10 @@ class Connection:
     them; nothing but the hook holds it.
     """
 
-    def __init__(self, transport: Metered, group: ProcessGroupTransport, board: "Board", patience_s: float) -> None:
+    def __init__(self, transport: Metered, group: ProcessGroupTransport, board: "Board") -> None:
         self.transport = transport
         self._group = group
         self._board = board
-        self._patience_s = patience_s
 
     def fail(self, error: Exception, where: str) -> Exception:
         """Tell the other ranks of an error, let go of the group, and return the error with what they have told.
@@ -40,66 +46,73 @@ class Connection:
         """
         consequence = isinstance(error, RankFailed)
         self._board.post({"where": where, "text": f"{type(error).__name__}: {error}", "consequence": consequence})
+        _release(error)
         self._group.close()  # other ranks in an exchange with this one need not wait for the timeout
-        failure = error
         if consequence:
-            failure = RankFailed(f"{self._board.explain(self._board.read(self._patience_s))} Here, in {where}: {error}")
-        self._board.linger(self._patience_s, everyone=not consequence)
-        return failure
+            error = RankFailed(f"{self._board.explain(self._board.read())} Here, in {where}: {error}")
+        self._board.linger()
+        return error
+
+
+def _release(error: BaseException | None) -> None:
+    """Forget what the frames of an error hold: the group, above all, which closes when nothing holds it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class Board:
-    """One note of each rank, in a store that all of them reach."""
+    """One note of each rank, in a store that all of them reach; it may be lost at any time."""
 
-    def __init__(self, store: Store, ranks: list[int], rank: int) -> None:
+    def __init__(self, store: Store, ranks: list[int], rank: int, patience_s: float) -> None:
         self._store = store
         self._ranks = ranks  # global, in the order of the group
         self._rank = rank
         self._others = [other for other in range(len(ranks)) if other != rank]
+        self._patience_s = patience_s  # how long to wait for the notes of others, and then for others to read ours
+        self._lost = self._posted = False
 
     def post(self, note: dict[str, Any]) -> None:
-        """Leave this rank's note, if the store can still be reached."""
-        try:
-            self._store.set(f"note/{self._rank}", json.dumps(note))
-        except RuntimeError as error:
-            _log.debug("no note left: %s", error)
+        """Leave this rank's note, if the store can still be reached. The first one stays."""
+        if not self._posted:
+            self._posted = True
+            self._try(lambda: self._store.set(f"note/{self._rank}", json.dumps(note)))
 
-    def read(self, patience_s: float) -> dict[int, dict[str, Any]] | None:
+    def read(self) -> dict[int, dict[str, Any]] | None:
         """Notes by rank, as soon as all others have left theirs or one tells a cause; `None` without a store."""
         notes: dict[int, dict[str, Any]] = {}
-        deadline = time.monotonic() + patience_s
-        try:
-            while True:
-                for rank in self._others:
-                    if rank not in notes and self._store.check([f"note/{rank}"]):
-                        notes[rank] = json.loads(self._store.get(f"note/{rank}"))
-                told_why = any(not note["consequence"] for note in notes.values())
-                if told_why or len(notes) == len(self._others) or time.monotonic() > deadline:
-                    return notes
-                time.sleep(_POLL_S)
-        except RuntimeError:
-            return None
 
-    def linger(self, patience_s: float, *, everyone: bool) -> None:
-        """Stay until the others have read what they need, for the store may end with this rank.
+        def enough() -> bool:
+            for rank in self._others:
+                if rank not in notes and self._store.check([f"note/{rank}"]):
+                    notes[rank] = json.loads(self._store.get(f"note/{rank}"))
+            return len(notes) == len(self._others) or any(not note["consequence"] for note in notes.values())
 
-        everyone: wait also for ranks that have left no note yet.
-        """
-        deadline = time.monotonic() + patience_s
-        try:
+        self._try(lambda: poll(enough, self._patience_s))
+        return None if self._lost else notes
+
+    def linger(self) -> None:
+        """Stay until the others have read the notes, for the store may end with this rank."""
+
+        def heard() -> bool:
             self._store.set(f"heard/{self._rank}", "")
-            while time.monotonic() < deadline:
-                awaited = [r for r in self._others if everyone or self._store.check([f"note/{r}"])]
-                if all(self._store.check([f"heard/{r}"]) for r in awaited):
-                    return
-                time.sleep(_POLL_S)
-        except RuntimeError:
+            return all(self._store.check([f"heard/{rank}"]) for rank in self._others)
+
+        self._try(lambda: poll(heard, self._patience_s))
+
+    def _try(self, use: Callable[[], Any]) -> None:
+        if self._lost:
             return
+        try:
+            within(self._patience_s + 1, use)
+        except RuntimeError as error:
+            self._lost = True
+            _log.debug("the store is lost: %s", error)
 
     def explain(self, notes: dict[int, dict[str, Any]] | None) -> str:
         """What happened, as far as the others have told."""
         if notes is None:
-            return "Another rank has ended, and with it the store: it is the rank that serves it, in most jobs rank 0."
+            return "The job's store does not answer: the rank that serves it, often rank 0, has ended or is stuck."
         if causes := [rank for rank, note in notes.items() if not note["consequence"]]:
             return " ".join(
                 f"{self._named(rank)} failed in {notes[rank]['where']}: {notes[rank]['text']}." for rank in causes
@@ -114,6 +127,41 @@ class Board:
         return f"rank {world}" if world == rank else f"rank {world} ({rank} of its group)"
 
 
+def within(limit_s: float, call: Callable[[], T]) -> T:
+    """The result of a call that may never return, as one to a store whose process is stopped.
+
+    Raises:
+        RuntimeError: there is none after `limit_s`, or what the call raised.
+    """
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((call(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = outcome.get(timeout=limit_s)
+    except queue.Empty:
+        raise RuntimeError(f"the store has not answered for {limit_s:.0f} s") from None
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
+def poll(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Whether `condition` came true within `limit_s`."""
+    begin = time.monotonic()
+    while not condition():
+        waited_s = time.monotonic() - begin
+        if waited_s > limit_s:
+            return False
+        time.sleep(min(_POLL_S, waited_s / 4 + 1e-3))
+    return True
+
+
 def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[str, Any]) -> Connection:
     """Meet the other ranks of `group`, make a group of our own, compare configurations. Collective.
 
@@ -126,16 +174,21 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
     patience_s = min(5.0, limit.total_seconds() / 10)  # to hear what others tell; twice, still within the timeout
     rank, world_size = group.rank(), group.size()
     store = dist.distributed_c10d._get_process_group_store(group)
-    count = store.add(f"terncomm/connections/{rank}", 1)
-    store = PrefixStore(f"terncomm/{count}", store)
+    counter, whole = f"terncomm/connections/{rank}", store
+    store = PrefixStore(f"terncomm/{whole.add(counter, 1)}", whole)
     ranks = dist.get_process_group_ranks(group)
-    board = Board(store, ranks, rank)
+    board = Board(store, ranks, rank, patience_s)
     limit -= timedelta(seconds=2 * patience_s)
-    _meet(store, ranks, rank, limit.total_seconds())
+    try:
+        _meet(store, ranks, rank, limit.total_seconds())
+    except RankFailed:
+        with suppress(RuntimeError):  # who comes later must not take this rank for present, and it may come again
+            within(1.0, lambda: (store.delete_key(f"here/{rank}"), whole.add(counter, -1)))
+        raise
     own = _backend_like(theirs, store, rank, world_size, limit) or _registered(group)
     transport = ProcessGroupTransport(own)
     del own
-    connection = Connection(Metered(transport), transport, board, patience_s)
+    connection = Connection(Metered(transport), transport, board)
     try:
         agree_on(configuration, connection.transport, device=device)
     except RankFailed as error:
@@ -145,40 +198,43 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
 
 def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
     """Wait until all ranks are here."""
-    store.set(f"here/{rank}", "")
-    begin = time.monotonic()
-    noticed = False
     absent = [other for other in range(len(ranks)) if other != rank]
-    while True:
-        try:
-            absent = [other for other in absent if not store.check([f"here/{other}"])]
-            lost = ""
-        except RuntimeError as error:  # the rank that serves the store has ended, most likely for want of the others
-            lost = f" (the store is gone: {error})"
-        if not absent:
+
+    def together() -> bool:
+        absent[:] = [other for other in absent if not store.check([f"here/{other}"])]
+        return not absent
+
+    lost, begin = "", time.monotonic()
+    try:
+        within(limit_s, lambda: store.set(f"here/{rank}", ""))
+        if within(_NOTICE_S + 1, lambda: poll(together, min(_NOTICE_S, limit_s))):
             return
-        waited_s = time.monotonic() - begin
-        names = ", ".join(str(ranks[other]) for other in absent)
-        if lost or waited_s > limit_s:
-            raise RankFailed(
-                f"rank {names} has not come within {waited_s:.0f} s. Every rank must call terncomm.register on its DDP "
-                f"model, or register terncomm.comm_hook and run backward, equally often; or it was killed{lost}."
-            )
-        if waited_s > _NOTICE_S and not noticed:
-            noticed = True
-            _log.warning("waiting for rank %s to register its hook, at most %.0f s more", names, limit_s - waited_s)
-        time.sleep(min(_POLL_S, waited_s / 4 + 1e-3))
+        if (rest_s := begin + limit_s - time.monotonic()) > 0:
+            names = ", ".join(str(ranks[other]) for other in absent)
+            _log.warning("waiting for rank %s to register its hook, at most %.0f s more", names, rest_s)
+            if within(rest_s + 1, lambda: poll(together, rest_s)):
+                return
+    except RuntimeError as error:  # the rank that serves the store has ended, most likely for want of the others
+        lost = f" (the store is gone: {error})"
+    names = ", ".join(str(ranks[other]) for other in absent)
+    raise RankFailed(
+        f"rank {names} has not come within {time.monotonic() - begin:.0f} s. Every rank must call terncomm.register on "
+        f"its DDP model, or register terncomm.comm_hook and run backward, equally often; or it was killed{lost}."
+    )
 
 
 def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: timedelta) -> Any:
     """A backend of the same kind over the same ranks; `None` for a kind that we cannot make."""
     try:
         if theirs.name() == "gloo":
-            return dist.ProcessGroupGloo(store, rank, world_size, limit)
-        if theirs.name() == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices, options._threads = theirs.options._devices, theirs.options._threads
             options._timeout = limit
-            return dist.ProcessGroupNCCL(store, rank, world_size, options)
+            return dist.ProcessGroupGloo(store, rank, world_size, options)
+        if theirs.name() == "nccl":
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = limit
+            return dist.ProcessGroupNCCL(store, rank, world_size, nccl)
     except RuntimeError as error:
         raise RankFailed(f"could not connect to the other ranks: {error}") from error
     return None

@@ -49,8 +49,8 @@ class CommState:
         ValueError, TypeError: an option that cannot be.
 
     Note:
-        Parameters that are not in `named_parameters` are numbered as they are first seen. In a world of one rank
-        nothing is coded: the gradients stay as they are.
+        Parameters that are not in `named_parameters` are numbered as they are first seen, so that the noise depends on
+        how DDP cuts its buckets. In a world of one rank nothing is coded: the gradients stay as they are.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class CommState:
         seconds in the phases of the path, on its own thread. clip_norm_lost/NAME: share of the layer's gradient norm
         that clipping took, when last looked at (the first three coded steps and every hundredth).
         """
+        self._check_arrived()
         for layers, lost in self._clip_unread.items():
             self._clip_lost.update(zip(layers, lost.tolist(), strict=True))
         self._clip_unread.clear()
@@ -164,6 +165,7 @@ class CommState:
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint needs: plain numbers. The noise is a function of seed and step, so nothing else is kept."""
+        self._check_arrived()
         return {"step": self._step, "seed": self.seed}
 
     def load_state_dict(self, saved: dict[str, int]) -> None:

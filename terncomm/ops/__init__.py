@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -43,21 +44,49 @@ __all__ = [
 
 _log = logging.getLogger("terncomm")
 
+_LOCK_S = 60.0  # some times what compiling takes
+
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Hold this host's compile lock, so that one process compiles and the others find its cache."""
-    user = os.getuid() if hasattr(os, "getuid") else 0
+    """Hold this user's compile lock, so that one process compiles and the others find its cache.
+
+    Not for ever: whoever holds it may have been stopped. Without it a process compiles for itself.
+    """
     try:
         import fcntl
 
-        lock = open(os.path.join(tempfile.gettempdir(), f"terncomm-compile-{user}.lock"), "w")  # noqa: SIM115
-    except (ImportError, OSError):  # no flock, or nowhere to lock: every process compiles for itself
+        lock = os.open(_private_folder() / "compile.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except (ImportError, OSError):  # no flock, or nowhere to lock
         yield
         return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        begin = time.monotonic()
+        while time.monotonic() - begin < _LOCK_S:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        else:
+            _log.warning("another process has held the compile lock for %.0f s; compiling without it", _LOCK_S)
         yield
+    finally:
+        os.close(lock)
+
+
+def _private_folder() -> Path:
+    """A folder among temporary files that only this user can write to.
+
+    Raises:
+        OSError: there is none; another user has taken the name.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"terncomm-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != user):
+        raise PermissionError(f"{folder} belongs to another user")
+    return folder
 
 
 def _import_kernels() -> ModuleType:
@@ -68,7 +97,7 @@ def _import_kernels() -> ModuleType:
             raise
         import numba  # a read-only installation and no home folder: keep the cache among temporary files
 
-        numba.config.CACHE_DIR = os.path.join(tempfile.gettempdir(), "terncomm-numba")  # type: ignore[attr-defined]
+        numba.config.CACHE_DIR = str(_private_folder() / "numba")  # type: ignore[attr-defined]
         return importlib.import_module("terncomm.ops.cpu")
 
 

@@ -4,6 +4,7 @@ Work is cut into pieces at block edges and handed to as many threads as torch wa
 same bits wherever it is cut. Importing this module compiles what Numba's on-disk cache lacks.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ _SCRATCH = 1 << 15  # elements of another type that are made float32 at a time
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="terncomm-ops")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has the pool, but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _in_pieces(work: Callable[[int, int], None], count: int, unit: int, elements: int = 1) -> None:
