@@ -79,6 +79,39 @@ def kernels() -> str:
     return f"{table(['kernel', 'time / copy', 'held to'], lines)}\n\n{told}"
 
 
+def memory() -> str:
+    found = rows("memory.csv")
+    one = found[0]
+    codecs = list(dict.fromkeys(row["codec"] for row in found))
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in found):
+        mine = {row["codec"]: row for row in found if row["dtype"] == dtype}
+        lines.append([dtype, *(f"{float(mine[codec]['times_bucket']):.2f}" for codec in codecs)])
+    told = (
+        f"Times the bucket, of {float(one['bucket_mb']):.0f} MB; held to {one['limit']}. W = {one['world_size']}, "
+        f"high-water mark of resident memory; {one['machine']}; torch {one['torch']}; commit {one['commit']}, "
+        f"{one['date']}."
+    )
+    return f"{table(['gradients', *codecs], lines)}\n\n{told}"
+
+
+def overhead() -> str:
+    found = rows("overhead.csv")
+    one = found[0]
+    names = ["codec", "alone_ms", "hook_ms", "accounted_ms", "unaccounted_percent", "statistics_percent"]
+    lines = [
+        [row["codec"], *(f"{row[name]} ms" for name in names[1:4]), *(f"{row[name]} %" for name in names[4:])]
+        for row in found
+    ]
+    titles = ["codec", "no reduction", "with the hook", "encode, exchange, decode", "beyond these", "statistics"]
+    told = (
+        f"Forward and backward of {int(one['parameters']) / 1e6:.1f} M parameters, W = {one['world_size']}, medians of "
+        f"{one['steps']}; what overlaps with backward makes the fourth number negative. {one['machine']}; "
+        f"torch {one['torch']}; commit {one['commit']}, {one['date']}."
+    )
+    return f"{table(titles, lines)}\n\n{told}"
+
+
 def traffic() -> str:
     from terncomm import Int8, Ternary, exchange
     from terncomm.keys import Key
@@ -98,7 +131,8 @@ def traffic() -> str:
 
 
 def rendered(text: str) -> str:
-    for name, make in (("digits", digits), ("bandwidth", bandwidth), ("kernels", kernels), ("traffic", traffic)):
+    for make in (digits, bandwidth, kernels, memory, overhead, traffic):
+        name = make.__name__
         block = f"<!-- {name}: benchmarks/render.py -->\n\n{make()}\n\n<!-- end -->"
         text, count = re.subn(
             rf"<!-- {name}: benchmarks/render\.py -->.*?<!-- end -->", lambda _, b=block: b, text, flags=re.DOTALL
