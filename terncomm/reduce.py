@@ -28,6 +28,7 @@ from terncomm.keys import Key
 from terncomm.segments import Segments
 from terncomm.transports.base import Transport
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HEADER = struct.Struct("<qqqqqII")  # the fields of _Header
 _PROLOGUE_NBYTES = 256
 _INLINE = (_PROLOGUE_NBYTES - _HEADER.size) // 4  # scales that fit beside the header
@@ -201,7 +202,7 @@ def all_reduce_mean(
 
     Raises:
         ValueError: the segments do not fit the buffer, or an unknown exchange.
-        TypeError: `flat` is not of a floating-point type.
+        TypeError: `flat` is not of one of DTYPES.
         RanksDiffer: ranks called with different arguments.
 
     >>> from terncomm import Ternary
@@ -212,8 +213,8 @@ def all_reduce_mean(
     >>> LocalTransport.run(2, work)
     [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
     """
-    if not flat.is_floating_point():
-        raise TypeError(f"gradients must be of a floating-point type, got {flat.dtype}")
+    if flat.dtype not in DTYPES:
+        raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}, got {flat.dtype}")
     if exchange not in exchanges.ALGORITHMS:
         raise ValueError(f"exchange must be one of {', '.join(exchanges.ALGORITHMS)}, got {exchange!r}")
     segments.check(flat)

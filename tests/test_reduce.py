@@ -203,7 +203,8 @@ def test_ranks_out_of_step_get_an_error_naming_both_sides(change, words):
 @pytest.mark.parametrize(
     ("flat", "options", "error", "words"),
     [
-        (torch.zeros(4, dtype=torch.int32), {}, TypeError, "floating-point type, got torch.int32"),
+        (torch.zeros(4, dtype=torch.int32), {}, TypeError, "must be torch.float32, .*, got torch.int32"),
+        (torch.zeros(4, dtype=torch.float8_e5m2), {}, TypeError, "must be torch.float32, .*, got torch.float8_e5m2"),
         (torch.zeros(3), {}, ValueError, "reach to element 4, the buffer has 3"),
         (torch.zeros(4, 4).T[0], {}, ValueError, "contiguous"),
         (torch.zeros(4), {"exchange": "ring"}, ValueError, "got 'ring'"),

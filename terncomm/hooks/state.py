@@ -16,7 +16,7 @@ from terncomm.hooks import exempt as exemptions
 from terncomm.hooks.connection import Connection, connect
 from terncomm.hooks.runner import OrderedWorker, SideStream
 from terncomm.keys import Key
-from terncomm.reduce import Clock, Unchecked, all_reduce_mean, all_reduce_mean_sparse, exact_traffic
+from terncomm.reduce import DTYPES, Clock, Unchecked, all_reduce_mean, all_reduce_mean_sparse, exact_traffic
 from terncomm.segments import Segments
 from terncomm.transports import Metered
 from terncomm.version import __version__
@@ -81,6 +81,8 @@ class CommState:
         named: dict[torch.Tensor, str] = {}
         for name, parameter in named_parameters or ():
             if parameter.requires_grad:
+                if not (parameter.dtype in DTYPES or parameter.is_complex()):
+                    raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {parameter.dtype}")
                 named.setdefault(parameter, exemptions.clean(name))  # a tied parameter goes by its first name
         if self.skip and not named:
             raise ValueError("skip= needs names: give named_parameters=model.named_parameters(), or use register")
