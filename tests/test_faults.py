@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import terncomm
 from terncomm import exchange, ops, reduce, transports
 from terncomm.codecs import codec_for
+from terncomm.hooks import connection
 
 TIMEOUT_S = 10.0
 VICTIM = 1
@@ -106,6 +107,12 @@ def never_registers(kind):
     else:
         terncomm.register(model, "int8")
     backward(model)
+
+
+def killed_while_connecting(stage):
+    if dist.get_rank() == VICTIM:
+        setattr(connection, stage, lambda *args, **kwargs: kill())
+    terncomm.register(DistributedDataParallel(network()), "int8")
 
 
 def another_bucket_size(how):
@@ -266,6 +273,15 @@ def test_a_rank_that_never_registers_is_named(tmp_path, kind):
         assert job[rank].status == 1
         assert re.search(rf"rank {VICTIM} has not come within [45] s. Every rank must call terncomm", job[rank].text)
         assert job[rank].seconds < 5 + 3
+
+
+@pytest.mark.parametrize("stage", ["_backend_like", "agree_on"])
+def test_a_rank_killed_while_it_registers_is_named(tmp_path, stage):
+    job = run_job(3, killed_while_connecting, stage, directory=tmp_path, timeout_s=6)
+    for rank in SURVIVORS:
+        assert job[rank].status == 1
+        assert f"No word from rank {VICTIM}: killed, ended or stuck" in job[rank].text
+        assert job[rank].seconds - job[VICTIM].seconds < 6 + 3
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,12 @@ class Connection:
 
         where: what this rank was doing, in words.
         """
-        consequence = isinstance(error, RankFailed)
-        self._board.post({"where": where, "text": f"{type(error).__name__}: {error}", "consequence": consequence})
-        _release(error)
-        self._group.close()  # other ranks in an exchange with this one need not wait for the timeout
-        if consequence:
-            error = RankFailed(f"{self._board.explain(self._board.read())} Here, in {where}: {error}")
-        self._board.linger()
-        return error
+
+        def let_go() -> None:  # other ranks in an exchange with this one need not wait for the timeout
+            _release(error)
+            self._group.close()
+
+        return self._board.last_words(error, where, let_go)
 
 
 def _release(error: BaseException | None) -> None:
@@ -71,6 +69,16 @@ class Board:
         self._others = [other for other in range(len(ranks)) if other != rank]
         self._patience_s = patience_s  # how long to wait for the notes of others, and then for others to read ours
         self._lost = self._posted = False
+
+    def last_words(self, error: Exception, where: str, let_go: Callable[[], None]) -> Exception:
+        """Post an error, let go of what others wait for, and return the error with what they have told."""
+        consequence = isinstance(error, RankFailed)
+        self.post({"where": where, "text": f"{type(error).__name__}: {error}", "consequence": consequence})
+        let_go()
+        if consequence:
+            error = RankFailed(f"{self.explain(self.read())} Here, in {where}: {error}")
+        self.linger()
+        return error
 
     def post(self, note: dict[str, Any]) -> None:
         """Leave this rank's note, if the store can still be reached. The first one stays."""
@@ -185,7 +193,11 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
         with suppress(RuntimeError):  # who comes later must not take this rank for present, and it may come again
             within(1.0, lambda: (store.delete_key(f"here/{rank}"), whole.add(counter, -1)))
         raise
-    own = _backend_like(theirs, store, rank, world_size, limit) or _registered(group)
+    try:
+        own = _backend_like(theirs, store, rank, world_size, limit) or _registered(group)
+    except RuntimeError as error:
+        lost = RankFailed(f"could not connect to the other ranks: {error}")
+        raise board.last_words(lost, "connecting", lambda: None) from error
     transport = ProcessGroupTransport(own)
     del own
     connection = Connection(Metered(transport), transport, board)
@@ -225,18 +237,15 @@ def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
 
 def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: timedelta) -> Any:
     """A backend of the same kind over the same ranks; `None` for a kind that we cannot make."""
-    try:
-        if theirs.name() == "gloo":
-            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._devices, options._threads = theirs.options._devices, theirs.options._threads
-            options._timeout = limit
-            return dist.ProcessGroupGloo(store, rank, world_size, options)
-        if theirs.name() == "nccl":
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = limit
-            return dist.ProcessGroupNCCL(store, rank, world_size, nccl)
-    except RuntimeError as error:
-        raise RankFailed(f"could not connect to the other ranks: {error}") from error
+    if theirs.name() == "gloo":
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices, options._threads = theirs.options._devices, theirs.options._threads
+        options._timeout = limit
+        return dist.ProcessGroupGloo(store, rank, world_size, options)
+    if theirs.name() == "nccl":
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = limit
+        return dist.ProcessGroupNCCL(store, rank, world_size, nccl)
     return None
 
 
