@@ -20,6 +20,10 @@ def table(titles: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in out)
 
 
+def origin(row: dict[str, str]) -> str:
+    return f"{row['machine']}; torch {row['torch']}; commit {row['commit']}, {row['date']}."
+
+
 def digits() -> str:
     seeds = [rows(f"digits/{name}") for name in ("results.csv", "seed1/results.csv", "seed2/results.csv")]
     one = seeds[0][0]
@@ -62,8 +66,7 @@ def bandwidth() -> str:
     told = (
         f"{int(one['parameters']) / 1e6:.1f} M parameters, W = {one['world_size']}, one network namespace per rank, "
         "every link limited by tbf in both directions; bytes read from the interface; median of "
-        f"{one['steps']} steps (forward and backward); {one['machine']}; torch {one['torch']}; commit {one['commit']}, "
-        f"{one['date']}."
+        f"{one['steps']} steps (forward and backward); {origin(one)}"
     )
     return f"{table(['codec', 'sent per rank and step', *names], lines)}\n\n{told}"
 
@@ -72,10 +75,7 @@ def kernels() -> str:
     found = rows("kernels.csv")
     one = found[0]
     lines = [[row["kernel"], f"{float(row['ratio_to_copy']):.2f}", row["held_to"]] for row in found]
-    told = (
-        f"25 MB of float32, one thread, medians of {one['rounds']}; {one['machine']}; torch {one['torch']}; commit "
-        f"{one['commit']}, {one['date']}."
-    )
+    told = f"25 MB of float32, one thread, medians of {one['rounds']}; {origin(one)}"
     return f"{table(['kernel', 'time / copy', 'held to'], lines)}\n\n{told}"
 
 
@@ -89,8 +89,7 @@ def memory() -> str:
         lines.append([dtype, *(f"{float(mine[codec]['times_bucket']):.2f}" for codec in codecs)])
     told = (
         f"Times the bucket, of {float(one['bucket_mb']):.0f} MB; held to {one['limit']}. W = {one['world_size']}, "
-        f"high-water mark of resident memory; {one['machine']}; torch {one['torch']}; commit {one['commit']}, "
-        f"{one['date']}."
+        f"high-water mark of resident memory; {origin(one)}"
     )
     return f"{table(['gradients', *codecs], lines)}\n\n{told}"
 
@@ -106,8 +105,7 @@ def overhead() -> str:
     titles = ["codec", "no reduction", "with the hook", "encode, exchange, decode", "beyond these", "statistics"]
     told = (
         f"Forward and backward of {int(one['parameters']) / 1e6:.1f} M parameters, W = {one['world_size']}, medians of "
-        f"{one['steps']}; what overlaps with backward makes the fourth number negative. {one['machine']}; "
-        f"torch {one['torch']}; commit {one['commit']}, {one['date']}."
+        f"{one['steps']}; what overlaps with backward makes the fourth number negative. {origin(one)}"
     )
     return f"{table(titles, lines)}\n\n{told}"
 

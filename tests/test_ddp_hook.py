@@ -214,30 +214,30 @@ def random_states():
     return told
 
 
+def three_steps(model):
+    """The gradients of each."""
+    told = []
+    for step in range(3):
+        model.zero_grad()
+        backward(model, step, dist.get_rank())
+        told.append(gradients(model))
+    return told
+
+
 def plain_pair(named):
     """Three steps with the pair of state and hook as frameworks take it."""
     model = DistributedDataParallel(mlp(), bucket_cap_mb=MANY)
     options = {"named_parameters": model.module.named_parameters()} if named else {}
     state = terncomm.CommState(codec="int8", **options)
     model.register_comm_hook(state, terncomm.comm_hook)
-    told = []
-    for step in range(3):
-        model.zero_grad()
-        backward(model, step, dist.get_rank())
-        told.append(gradients(model))
-    return told, state.stats()
+    return three_steps(model), state.stats()
 
 
 def registered(codec, **options):
     """`plain_pair` through `register`."""
     model = DistributedDataParallel(mlp(), bucket_cap_mb=MANY)
     state = terncomm.register(model, codec, **options)
-    told = []
-    for step in range(3):
-        model.zero_grad()
-        backward(model, step, dist.get_rank())
-        told.append(gradients(model))
-    return told, state.stats()
+    return three_steps(model), state.stats()
 
 
 def counted(codec, exchange):

@@ -216,22 +216,27 @@ def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
         absent[:] = [other for other in absent if not store.check([f"here/{other}"])]
         return not absent
 
+    def names() -> str:
+        return ", ".join(str(ranks[other]) for other in absent)
+
     lost, begin = "", time.monotonic()
+    first_s = min(_NOTICE_S, limit_s)
+    rest_s = limit_s - first_s
     try:
-        within(limit_s, lambda: store.set(f"here/{rank}", ""))
-        if within(_NOTICE_S + 1, lambda: poll(together, min(_NOTICE_S, limit_s))):
+        within(first_s + 1, lambda: store.set(f"here/{rank}", ""))
+        if within(first_s + 1, lambda: poll(together, first_s)):
             return
-        if (rest_s := begin + limit_s - time.monotonic()) > 0:
-            names = ", ".join(str(ranks[other]) for other in absent)
-            _log.warning("waiting for rank %s to register its hook, at most %.0f s more", names, rest_s)
+        if rest_s > 0:
+            _log.warning("waiting for rank %s to register its hook, at most %.0f s more", names(), rest_s)
             if within(rest_s + 1, lambda: poll(together, rest_s)):
                 return
     except RuntimeError as error:  # the rank that serves the store has ended, most likely for want of the others
         lost = f" (the store is gone: {error})"
-    names = ", ".join(str(ranks[other]) for other in absent)
     raise RankFailed(
-        f"rank {names} has not come within {time.monotonic() - begin:.0f} s. Every rank must call terncomm.register on "
-        f"its DDP model, or register terncomm.comm_hook and run backward, equally often; or it was killed{lost}."
+        f"rank {names()} has not come within {time.monotonic() - begin:.0f} s. Every rank must call terncomm.register "
+        "on its DDP model, or register terncomm.comm_hook and run backward, equally often; or it was killed"
+        + lost
+        + "."
     )
 
 
