@@ -25,8 +25,8 @@ import terncomm
 from terncomm import CommState, Int8, Ternary, ops
 from terncomm.codecs import codec_for
 from terncomm.exchange import SMALL, choose, float_traffic, traffic
-from terncomm.hooks.exempt import structural
 from terncomm.keys import Key
+from terncomm.layers import structural
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport

@@ -19,12 +19,14 @@ ALLOWED = {
     "segments": set(),
     "keys": set(),
     "ops": {"segments"},
+    "layers": {"segments"},
     "wire": {"ops"},
     "codecs": {"ops", "segments", "keys", "wire"},
     "transports": set(),
     "exchange": {"wire", "ops", "segments", "transports.base"},
     "reduce": {"exchange", "ops", "codecs.base", "segments", "keys", "transports.base"},
-    "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "transports", "version"},
+    "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
+    "simulator": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "version": set(),
 }
 

@@ -14,7 +14,7 @@ from workloads import DATA, DataError
 from workloads.cifar10 import MEAN, STD, Images
 from workloads.text import vocabulary_of
 
-from terncomm.hooks.exempt import structural
+from terncomm.layers import structural
 
 MNIST = {
     "train-images-idx3-ubyte": (60, 28, 28),

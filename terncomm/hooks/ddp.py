@@ -9,10 +9,10 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from terncomm.codecs import Codec
-from terncomm.hooks import exempt as exemptions
 from terncomm.hooks.agreement import ConfigurationsDiffer
 from terncomm.hooks.connection import connect
 from terncomm.hooks.state import CommState
+from terncomm.layers import GROUPS
 
 _log = logging.getLogger("terncomm")
 
@@ -43,7 +43,7 @@ def register(
     warmup_steps: int = 0,
     exchange: str = "auto",
     seed: int = 0,
-    exempt: Collection[str] = exemptions.GROUPS,
+    exempt: Collection[str] = GROUPS,
 ) -> CommState:
     """Compress the gradient communication of a DDP model. Collective: every rank calls it, with the same arguments.
 
@@ -83,7 +83,7 @@ def register(
             named_parameters=ddp.module.named_parameters(),
             process_group=ddp.process_group,
         )
-        state._adopt(ddp.module)
+        state._layers.adopt(ddp.module)
         configuration = {**state._configuration(), "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3)}
     except (TypeError, ValueError) as error:
         refusal = error

@@ -12,10 +12,10 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from terncomm import ops
 from terncomm.codecs import Codec, codec_for
 from terncomm.exchange import ALGORITHMS
-from terncomm.hooks import exempt as exemptions
 from terncomm.hooks.connection import Connection, connect
 from terncomm.hooks.runner import OrderedWorker, SideStream
 from terncomm.keys import Key
+from terncomm.layers import GROUPS, Layers
 from terncomm.reduce import DTYPES, Clock, Unchecked, all_reduce_mean, all_reduce_mean_sparse, exact_traffic
 from terncomm.segments import Segments
 from terncomm.transports import Metered
@@ -62,35 +62,21 @@ class CommState:
         warmup_steps: int = 0,
         exchange: str = "auto",
         seed: int = 0,
-        exempt: Collection[str] = exemptions.GROUPS,
+        exempt: Collection[str] = GROUPS,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.codec = codec_for(codec)
-        self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
-        self.min_numel = _count("min_numel", min_numel)
         self.warmup_steps = _count("warmup_steps", warmup_steps)
         if exchange not in ALGORITHMS:
             raise ValueError(f"exchange must be one of {', '.join(ALGORITHMS)}, got {exchange!r}")
         self.exchange = exchange
         self.seed = Key(seed).seed
-        self.exempt = (exempt,) if isinstance(exempt, str) else tuple(exempt)
-        if unknown := set(self.exempt) - set(exemptions.GROUPS):
-            raise ValueError(f"exempt may name {', '.join(exemptions.GROUPS)}; got {', '.join(sorted(unknown))}")
-
-        named: dict[torch.Tensor, str] = {}
-        for name, parameter in named_parameters or ():
-            if parameter.requires_grad:
-                if not (parameter.dtype in DTYPES or parameter.is_complex()):
-                    raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {parameter.dtype}")
-                named.setdefault(parameter, exemptions.clean(name))  # a tied parameter goes by its first name
-        if self.skip and not named:
-            raise ValueError("skip= needs names: give named_parameters=model.named_parameters(), or use register")
-        skipped = exemptions.matching(self.skip, named.values())
-        self._names = list(named.values())
-        self._numbers = {parameter: number for number, parameter in enumerate(named)}
-        self._exact = {parameter for parameter, name in named.items() if name in skipped}
-
+        named = [(name, parameter) for name, parameter in named_parameters or () if parameter.requires_grad]
+        for name, parameter in named:
+            if not (parameter.dtype in DTYPES or parameter.is_complex()):
+                raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {parameter.dtype}")
+        self._layers = Layers(named, skip=skip, min_numel=_count("min_numel", min_numel), exempt=exempt)
         self._step = -1
         self._enabled = self._enabled_next = True
         self._clip_lost: dict[int, float] = {}
@@ -114,13 +100,12 @@ class CommState:
         """For a copy or pickle of a model: everything but group, thread and stream. A copy is of the default group."""
         own = ("_group", "_connection", "_worker", "_side_stream", "_later", "_layouts")
         kept = {name: value for name, value in vars(self).items() if name not in own}
-        # Parameters that were numbered as they were seen are so again: without the model they are not the same objects.
-        kept["_numbers"] = {p: number for p, number in self._numbers.items() if number < len(self._names)}
         return kept
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         vars(self).update(saved)
         self._copied = True
+        self._layers.forget_unnamed()  # they are numbered as they are seen; without the model these are other objects
         self._group = None
         self._detach()
         self.reset_stats()
@@ -148,7 +133,7 @@ class CommState:
             "encode_s": clock.encode_s,
             "exchange_s": clock.exchange_s,
             "decode_s": clock.decode_s,
-            **{f"clip_norm_lost/{self._name(number)}": lost for number, lost in sorted(self._clip_lost.items())},
+            **{f"clip_norm_lost/{self._layers.name(number)}": lost for number, lost in sorted(self._clip_lost.items())},
         }
 
     def reset_stats(self) -> None:
@@ -186,14 +171,9 @@ class CommState:
 
     def codes(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter's gradient is coded (once warm-up is over), or travels exactly."""
-        large = parameter.dim() > 1 and parameter.numel() >= self.min_numel
-        return large and parameter.is_floating_point() and parameter not in self._exact
+        return self._layers.codes(parameter)
 
     # ---- what the hook calls ------------------------------------------------------------------------------------
-
-    def _adopt(self, model: torch.nn.Module) -> None:
-        """Exempt what the structure of `model` says."""
-        self._exact.update(exemptions.structural(model, self.exempt))
 
     def _configuration(self) -> dict[str, Any]:
         """What must be equal on all ranks."""
@@ -201,17 +181,17 @@ class CommState:
             "terncomm version": __version__,
             "codec": repr(self.codec),
             "seed": self.seed,
-            "skip": list(self.skip),
-            "min_numel": self.min_numel,
+            "skip": list(self._layers.skip),
+            "min_numel": self._layers.min_numel,
             "warmup_steps": self.warmup_steps,
             "exchange": self.exchange,
-            "exempt": sorted(self.exempt),
-            "coded parameters": [n for n, p in zip(self._names, self._numbers, strict=True) if self.codes(p)],
+            "exempt": sorted(self._layers.exempt),
+            "coded parameters": self._layers.coded_names,
         }
 
     def _summary(self) -> str:
         """One line for the log."""
-        sizes = {parameter: parameter.numel() for parameter in self._numbers}
+        sizes = {parameter: parameter.numel() for parameter in self._layers.numbers}
         coded = [numel for parameter, numel in sizes.items() if self.codes(parameter)]
         total = sum(sizes.values())
         world_size = self._connection.transport.world_size if self._connection else 1
@@ -318,7 +298,7 @@ class CommState:
         global _sparse_warned
         if not _sparse_warned:
             _sparse_warned = True
-            name = self._name(self._number(bucket.parameters()[0]))
+            name = self._layers.name(self._layers.number(bucket.parameters()[0]))
             text = f"the gradient of {name} is sparse: the rows of such gradients are gathered from all ranks, exactly"
             _advise(text, transport)
 
@@ -327,29 +307,21 @@ class CommState:
         parameters = bucket.parameters()
         identity = tuple(map(id, parameters))
         if identity not in self._layouts:
-            coded: list[tuple[int, int, int]] = []
-            exact: list[tuple[int, int, int]] = []
-            offset = 0
             for parameter in parameters:
-                size = parameter.numel() * (2 if parameter.is_complex() else 1)  # DDP flattens complex to real
-                row = (size, offset, self._number(parameter))
-                (coded if self.codes(parameter) else exact).append(row)
-                offset += size
-            if offset != bucket.buffer().numel():
-                raise RuntimeError(f"a bucket of {bucket.buffer().numel()} elements holds parameters of {offset}")
-            self._layouts[identity] = _segments(coded), _segments(exact)
+                self._check_known(parameter)
+            coded, exact = self._layers.of_bucket(parameters)
+            if coded.numel + exact.numel != bucket.buffer().numel():
+                held = coded.numel + exact.numel
+                raise RuntimeError(f"a bucket of {bucket.buffer().numel()} elements holds parameters of {held}")
+            self._layouts[identity] = coded, exact
         return self._layouts[identity]
 
-    def _number(self, parameter: torch.Tensor) -> int:
-        if self._copied and self._names and parameter not in self._numbers:
+    def _check_known(self, parameter: torch.Tensor) -> None:
+        if self._copied and self._layers.names and parameter not in self._layers.numbers:
             raise RuntimeError(
                 "this CommState was copied or pickled without its model, and knows none of these parameters. Make a "
                 "new one with the model's named_parameters, and give it load_state_dict(old.state_dict())."
             )
-        return self._numbers.setdefault(parameter, len(self._numbers))
-
-    def _name(self, number: int) -> str:
-        return self._names[number] if number < len(self._names) else f"parameter {number}"
 
     def _watch_clipping(self, flat: torch.Tensor, coded: Segments, step: int) -> str | None:
         """Note what clipping takes from each layer, now and then; complain once if it is much."""
@@ -367,16 +339,12 @@ class CommState:
         if share <= _CLIP_WARNING or self._clip_warned:
             return None
         self._clip_warned = True
+        name = self._layers.name(int(coded.layers[worst]))
         return (
-            f"clipping takes {share:.0%} of the gradient norm of {self._name(int(coded.layers[worst]))}: its gradient "
+            f"clipping takes {share:.0%} of the gradient norm of {name}: its gradient "
             "is far from Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; "
             "state.stats() has the share of every layer (clip_norm_lost/...)."
         )
-
-
-def _segments(rows: list[tuple[int, int, int]]) -> Segments:
-    sizes, offsets, layers = zip(*rows, strict=True) if rows else ((), (), ())
-    return Segments(sizes, offsets=offsets, layers=layers)
 
 
 def _count(name: str, value: int) -> int:
