@@ -12,6 +12,7 @@ message round less.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,18 @@ from terncomm.wire import Packing, SumFormat, packing_for
 ALGORITHMS = ("auto", "gather", "two_phase")
 SMALL = 8192  # bytes; about what a message round of 1 ms moves at 100 Mbit/s
 _PIECE = 1 << 16  # floats added at a time
+
+
+class Message(NamedTuple):
+    """One collective call: each rank sends `nbytes` to each other rank."""
+
+    kind: str  # "all_gather" or "all_to_all", of a transport
+    nbytes: int
+
+
+def sent(messages: list[Message], world_size: int) -> int:
+    """Bytes that each rank sends in these calls."""
+    return sum((world_size - 1) * message.nbytes for message in messages)
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,20 @@ def traffic(
     algorithm: str, numel: int, alphabet: tuple[int, int], world_size: int, returned: SumFormat | None = None
 ) -> int:
     """Bytes that each rank sends for `numel` codes; `returned`: the format of the sums, if they are not exact."""
-    plan = _plan(algorithm, numel, alphabet, world_size, returned)
-    row = plan.packing.nbytes(plan.packed_length)
-    if algorithm == "two_phase":
-        row += _sum_packing(plan).nbytes(plan.packed_length) if returned is None else returned.nbytes
-    return (world_size - 1) * row
+    return sent(messages(_plan(algorithm, numel, alphabet, world_size, returned), returned), world_size)
+
+
+def messages(plan: Plan, returned: SumFormat | None = None, *, along: int = 0, itemsize: int = 4) -> list[Message]:
+    """The calls that :func:`run` makes, in order, with `along` floats of `itemsize` bytes that travel in them."""
+    row = _float_row(along, itemsize, plan.world_size)
+    floats = row * itemsize
+    payload = (along - (plan.world_size - 1) * row) * itemsize
+    codes = plan.packing.nbytes(plan.packed_length)
+    if plan.algorithm == "gather":
+        first = [Message("all_to_all", floats)] if floats else []
+        return [*first, Message("all_gather", codes + payload)]
+    sums = _sum_packing(plan).nbytes(plan.packed_length) if returned is None else returned.nbytes
+    return [Message("all_to_all", codes + floats), Message("all_gather", sums + payload)]
 
 
 def choose(
@@ -247,6 +269,12 @@ def all_reduce_max(values: torch.Tensor, transport: Transport) -> torch.Tensor:
     return transport.all_gather(largest.view(torch.uint8)).view(torch.float32).flatten()[: len(values)]
 
 
+def max_messages(numel: int, world_size: int) -> list[Message]:
+    """The calls that :func:`all_reduce_max` makes for `numel` scales."""
+    nbytes = 4 * -(-numel // world_size)
+    return [Message("all_to_all", nbytes), Message("all_gather", nbytes)]
+
+
 def all_reduce_float_mean(values: torch.Tensor, transport: Transport) -> torch.Tensor:
     """Replace (n,) contiguous floats by their mean over ranks; the bytes of a ring all-reduce. See :class:`FloatMean`.
 
@@ -258,10 +286,18 @@ def all_reduce_float_mean(values: torch.Tensor, transport: Transport) -> torch.T
     return values
 
 
+def float_messages(numel: int, itemsize: int, world_size: int) -> list[Message]:
+    """The calls that :func:`all_reduce_float_mean` makes for `numel` floats."""
+    if world_size == 1 or numel == 0:
+        return []
+    row = _float_row(numel, itemsize, world_size)
+    payload = (numel - (world_size - 1) * row) * itemsize
+    return [*([Message("all_to_all", row * itemsize)] if row else []), Message("all_gather", payload)]
+
+
 def float_traffic(numel: int, itemsize: int, world_size: int) -> int:
     """Bytes that each rank sends for `numel` floats in :func:`all_reduce_float_mean`."""
-    row = _float_row(numel, itemsize, world_size)
-    return (world_size - 1) * (numel - (world_size - 2) * row) * itemsize
+    return sent(float_messages(numel, itemsize, world_size), world_size)
 
 
 def _ordered_mean(rows: torch.Tensor) -> torch.Tensor:

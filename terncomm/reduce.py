@@ -264,6 +264,36 @@ def _parts(exact: Segments) -> list[Segments]:
     return exact.parts(_LARGE) if exact.numel else []
 
 
+def messages(
+    segments: Segments,
+    codec: Codec | None,
+    world_size: int,
+    *,
+    exchange: str = "auto",
+    exact: Segments = _NONE,
+    itemsize: int = 4,
+) -> list[exchanges.Message]:
+    """The transport's calls that :func:`all_reduce_mean` makes for such a bucket, in order, without making them.
+
+    segments, codec, exchange, exact: as there. itemsize: bytes of an element of the buffer. For planning.
+    """
+    scaled = codec.scaled(segments) if codec else _NONE
+    calls = [exchanges.Message("all_gather", _PROLOGUE_NBYTES)]
+    if len(scaled) > _INLINE:
+        few = world_size * len(scaled) * 4 <= exchanges.SMALL
+        own = [exchanges.Message("all_gather", 4 * len(scaled))]
+        calls += own if few else exchanges.max_messages(len(scaled), world_size)
+    coded = codec is not None and segments.numel > 0
+    along = coded and exact.numel <= _ALONG
+    for part in [] if along else _parts(exact):
+        calls += exchanges.float_messages(part.numel, itemsize, world_size)
+    if codec is None or not coded:
+        return calls
+    returned = codec.narrowing(scaled, Key(0), world_size=world_size)
+    plan = exchanges.choose(exchange, scaled.numel, codec.alphabet, world_size, returned)
+    return calls + exchanges.messages(plan, returned, along=exact.numel if along else 0, itemsize=itemsize)
+
+
 def exact_traffic(exact: Segments, itemsize: int, world_size: int) -> int:
     """Bytes that each rank sends for layers that are averaged without a codec."""
     return sum(exchanges.float_traffic(part.numel, itemsize, world_size) for part in _parts(exact))

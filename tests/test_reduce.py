@@ -5,7 +5,7 @@ from laws import gaussian, reduce, same_bits, sent_bytes
 from terncomm import Int8, Ternary, exchange
 from terncomm.keys import Key
 from terncomm.ops import reference
-from terncomm.reduce import RanksDiffer, all_reduce_mean
+from terncomm.reduce import RanksDiffer, all_reduce_mean, messages
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport
 from terncomm.wire import packing_for
@@ -267,3 +267,43 @@ def test_headers_that_arrive_later_poison_now_and_raise_then():
         return mean
 
     assert torch.equal(LocalTransport.run(3, agreeing)[1], torch.ones(100))
+
+
+class Recorded:
+    """A transport that writes down its calls."""
+
+    def __init__(self, inner):
+        self.inner, self.rank, self.world_size, self.calls = inner, inner.rank, inner.world_size, []
+
+    def all_gather(self, payload):
+        self.calls.append(exchange.Message("all_gather", payload.numel()))
+        return self.inner.all_gather(payload)
+
+    def all_to_all(self, rows):
+        self.calls.append(exchange.Message("all_to_all", rows.shape[1]))
+        return self.inner.all_to_all(rows)
+
+
+@pytest.mark.parametrize("codec", [*CODECS, None], ids=repr)
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_messages_are_foretold(codec, world_size, dtype):
+    """A few scales and many, exact parts that travel along or do not, both exchanges, nothing coded."""
+    for coded, exact in [(5000, 900), (300_000, 140_000), (30, 7), (9000, 0), (0, 3), (0, 5000), (2_000_000, 1)]:
+        whole = codec is None or not coded
+        layers = Segments([] if whole else [coded - coded // 3, coded // 3])
+        rest = Segments([coded + exact] if whole else [exact], offsets=[0 if whole else coded])
+        for algorithm in ("auto", "two_phase"):
+
+            def work(transport, algorithm=algorithm, layers=layers, rest=rest, n=coded + exact):
+                recorded = Recorded(transport)
+                flat = torch.ones(n, dtype=dtype)
+                used = codec if len(layers) else None
+                all_reduce_mean(flat, layers, used, recorded, key=0, exchange=algorithm, exact=rest)
+                return recorded.calls
+
+            calls = LocalTransport.run(world_size, work)[0]
+            foretold = messages(
+                layers, codec, world_size, exchange=algorithm, exact=rest, itemsize=torch.zeros(0, dtype=dtype).itemsize
+            )
+            assert foretold == [call for call in calls if call.nbytes], (coded, exact, algorithm)
