@@ -4,14 +4,13 @@ Start it with torchrun, for example with 4 processes on this machine:
 
     torchrun --standalone --nproc-per-node 4 launch/train.py --data digits --codec terngrad
 
-Data sets and their networks are in launch/workloads. All that concerns terncomm is the import, one call of `register`,
-and the statistics it keeps.
+Data sets and their networks are in terncomm/simulator/workloads, or yours: --data FILE.py:FUNCTION. All that concerns
+the compression of gradients is one call of `register`, and the statistics that it keeps.
 """
 
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -25,12 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
-from workloads import DATA, DataError, Workload
 
 import terncomm
+from terncomm.simulator.workloads import DataError, Options, Workload, add_arguments, cosine, load
 
 PROGRESS_S = 5.0
 
@@ -38,12 +36,7 @@ PROGRESS_S = 5.0
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", choices=DATA, default="digits")
-    parser.add_argument(
-        "--data-dir", type=Path, help="folder with the files of cifar10 or mnist; nothing is downloaded"
-    )
-    parser.add_argument("--text", type=Path, help="text file for --data text (default: Python's own documentation)")
-    parser.add_argument("--tokens", choices=["words", "bytes"], default="words", help="what --data text predicts")
+    add_arguments(parser)
     parser.add_argument("--codec", choices=["none", "fp16", "int8", "terngrad"], default="terngrad")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps-per-epoch", type=int, help="at most so many (default: all data; at most 30 for text)")
@@ -85,19 +78,19 @@ def traffic(state: Any, codec: str, parameters: int, steps: int) -> dict[str, fl
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, workload: Workload, device: torch.device) -> tuple[float, float]:
-    """Return loss and accuracy per label of the test set, of which each rank takes every W-th sample."""
+def evaluate(network: nn.Module, workload: Workload, device: torch.device) -> tuple[float, float | None]:
+    """Return loss and accuracy of the test set, of which each rank takes every W-th sample."""
     shard = Subset(workload.test, range(dist.get_rank(), len(workload.test), dist.get_world_size()))
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     network.eval()
     for inputs, labels in DataLoader(shard, batch_size=workload.test_batch):
-        outputs, labels = network(inputs.to(device)).flatten(0, -2), labels.to(device).flatten()
-        loss = functional.cross_entropy(outputs, labels, reduction="sum")
-        totals += torch.stack([loss, (outputs.argmax(1) == labels).sum(), torch.tensor(len(labels), device=device)])
+        outputs, labels = network(inputs.to(device)), labels.to(device)
+        accuracy = workload.accuracy(outputs, labels) if workload.accuracy else torch.zeros(())
+        totals += len(labels) * torch.stack([workload.loss(outputs, labels), accuracy, torch.ones(())]).to(totals)
     network.train()
     dist.all_reduce(totals)
     loss, correct, count = totals.tolist()
-    return loss / count, correct / count
+    return loss / count, correct / count if workload.accuracy else None
 
 
 def batches(loader: DataLoader[tuple[Tensor, ...]], steps: int) -> Iterator[tuple[Tensor, ...]]:
@@ -115,6 +108,7 @@ def batches(loader: DataLoader[tuple[Tensor, ...]], steps: int) -> Iterator[tupl
 
 def train_epoch(
     model: nn.Module,
+    workload: Workload,
     loader: DataLoader[tuple[Tensor, ...]],
     steps: int,
     optimizer: torch.optim.Optimizer,
@@ -124,8 +118,7 @@ def train_epoch(
     total = torch.zeros((), device=device)
     for inputs, labels in batches(loader, steps):
         optimizer.zero_grad()
-        outputs = model(inputs.to(device))
-        loss = functional.cross_entropy(outputs.flatten(0, -2), labels.to(device).flatten())
+        loss = workload.loss(model(inputs.to(device)), labels.to(device))
         loss.backward()
         optimizer.step()
         total += loss.detach()
@@ -151,7 +144,7 @@ def agree(complaint: str | None) -> None:
             leave(f"train.py: {found} (rank {rank})")
 
 
-def load(path: Path | None, **made_with: str) -> dict[str, Any] | None:
+def resume(path: Path | None, **made_with: str) -> dict[str, Any] | None:
     """Return the checkpoint that rank 0 finds at `path`, on every rank, or None; it must be `made_with` these."""
     found = [torch.load(path, map_location="cpu") if path and dist.get_rank() == 0 and path.exists() else None]
     dist.broadcast_object_list(found)
@@ -179,7 +172,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     workload, complaint = None, None
     try:
-        workload = DATA[args.data](args)
+        workload = load(args.data, Options(data_dir=args.data_dir, text=args.text, tokens=args.tokens, seed=args.seed))
     except DataError as error:
         complaint = str(error)
     dist.init_process_group(backend)
@@ -202,14 +195,14 @@ def main() -> None:
     steps = min(len(loader), args.steps_per_epoch or workload.steps_per_epoch or len(loader))
     args.lr = workload.lr if args.lr is None else args.lr
     optimizer = workload.optimizer(model.parameters(), args.lr)
-    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 + math.cos(math.pi * done / args.epochs)) / 2)
-    kept = {"network": network, "optimizer": optimizer, "schedule": cosine}
+    schedule = cosine(optimizer, args.epochs)
+    kept = {"network": network, "optimizer": optimizer, "schedule": schedule}
     if state is not None:
         kept["compression"] = state
 
     first, totals, records = 0, Counter[str](), list[str]()
     made_with = {"data": args.data, "codec": args.codec, "fingerprint": workload.fingerprint}
-    saved = load(args.checkpoint, **made_with)
+    saved = resume(args.checkpoint, **made_with)
     if saved:
         first, totals, records = saved["epoch"], Counter(saved["totals"]), saved["records"]
         for name, part in kept.items():
@@ -222,18 +215,19 @@ def main() -> None:
         sampler.set_epoch(epoch)
         workload.set_epoch(epoch)
         epoch_started = time.perf_counter()
-        train_loss = train_epoch(model, loader, steps, optimizer, device)
+        train_loss = train_epoch(model, workload, loader, steps, optimizer, device)
         step_s = (time.perf_counter() - epoch_started) / steps
-        cosine.step()
+        schedule.step()
         totals.update(traffic(state, args.codec, parameters, steps))
         test_loss, test_accuracy = evaluate(network, workload, device)
         if rank != 0:
             continue
 
         left_s = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        told = f"test loss {test_loss:8.4f}" if test_accuracy is None else f"test accuracy {test_accuracy:7.2%}"
         print(
             f"{args.codec:8}  epoch {epoch + 1:3}/{args.epochs}  train loss {train_loss:.4f}  "
-            f"test accuracy {test_accuracy:7.2%}  sent {totals['wire_bytes'] / 1e6:8.2f} MB/rank  {left_s:3.0f} s left",
+            f"{told}  sent {totals['wire_bytes'] / 1e6:8.2f} MB/rank  {left_s:3.0f} s left",
             flush=True,
         )
         record = {

@@ -1,6 +1,5 @@
 """Data in their published formats, written here in small, and training on them through launch/train.py."""
 
-import argparse
 import gzip
 import re
 import struct
@@ -10,11 +9,12 @@ import torch
 from compare import parse_arguments
 from jobs import ROOT, ended, ended_but_copied, read, stop, torchrun
 from torch.nn import functional
-from workloads import DATA, DataError
-from workloads.cifar10 import MEAN, STD, Images
-from workloads.text import vocabulary_of
 
 from terncomm.layers import structural
+from terncomm.simulator import workloads
+from terncomm.simulator.workloads import DataError, Options
+from terncomm.simulator.workloads.cifar10 import MEAN, STD, Images
+from terncomm.simulator.workloads.text import vocabulary_of
 
 MNIST = {
     "train-images-idx3-ubyte": (60, 28, 28),
@@ -26,8 +26,7 @@ CIFAR = {"data_batch_1": 8, "data_batch_2": 8, "data_batch_3": 8, "data_batch_4"
 
 
 def load(data, **given):
-    options = {"data_dir": None, "text": None, "tokens": "words", "seed": 0, **given}
-    return DATA[data](argparse.Namespace(**options))
+    return workloads.load(data, Options(**given))
 
 
 def random_bytes(shape, classes=256):

@@ -4,7 +4,6 @@ References: A. Krizhevsky. Learning Multiple Layers of Features from Tiny Images
 Deep Residual Learning for Image Recognition. CVPR 2016, section 4.2.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from workloads.base import DataError, Workload, check_labels, folder_with
+from terncomm.simulator.workloads.base import DataError, Options, Workload, check_labels, folder_with
 
 TRAIN = [f"data_batch_{number}.bin" for number in range(1, 6)]
 TEST = ["test_batch.bin"]
@@ -24,7 +23,7 @@ STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 PADDING = 4
 
 
-def cifar10(options: argparse.Namespace) -> Workload:
+def cifar10(options: Options) -> Workload:
     """Return ResNet-20, 50000 augmented training and 10000 test images (3, 32, 32) from `options.data_dir`."""
     folder = folder_with(TRAIN + TEST, options.data_dir, "cifar-10-batches-bin", WHAT)
     train = Images(*read(folder, TRAIN), seed=options.seed)
@@ -100,11 +99,12 @@ class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.stride, self.added = stride, outputs - inputs
+        last = nn.GroupNorm(8, outputs)
         self.layers = nn.Sequential(
             *(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU()),
-            *(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs)),
+            *(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), last),
         )
-        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, outputs, H / stride, W / stride)."""

@@ -4,7 +4,6 @@ Reference: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner. Gradient-Based Learning A
 Proceedings of the IEEE, 1998.
 """
 
-import argparse
 import gzip
 import math
 import struct
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from workloads.base import DataError, Workload, check_labels, folder_with
+from terncomm.simulator.workloads.base import DataError, Options, Workload, check_labels, folder_with
 
 FILES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
 WHAT = "MNIST's four idx files, plain or .gz, as from https://ossci-datasets.s3.amazonaws.com/mnist/"
 UNSIGNED_BYTE = 0x08
 
 
-def mnist(options: argparse.Namespace) -> Workload:
+def mnist(options: Options) -> Workload:
     """Return a network like LeNet-5, 60000 training and 10000 test images (1, 28, 28) from `options.data_dir`."""
     folder = folder_with([name for pair in FILES.values() for name in pair], options.data_dir, "MNIST/raw", WHAT)
     network = nn.Sequential(

@@ -4,13 +4,13 @@ Reference: A. Vaswani, N. Shazeer, N. Parmar, J. Uszkoreit, L. Jones, A. N. Gome
 Attention Is All You Need. NIPS 2017.
 """
 
-import argparse
 import ast
 import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from workloads.base import DataError, Workload
+from terncomm.simulator.workloads.base import DataError, Options, Workload
 
 VOCABULARY = 8192
 CONTEXT = 64
 TEST_SHARE = 0.1
 
 
-def text(options: argparse.Namespace) -> Workload:
+def text(options: Options) -> Workload:
     """Return a transformer, and the windows of `options.text`, by default of :func:`pythons_own`; the end is the test.
 
     `options.tokens` is "words" (the commonest 8191, and one for all others) or "bytes".
@@ -70,6 +70,7 @@ def read(path: Path) -> str:
         raise DataError(f"--text {path} is not UTF-8 at byte {error.start}; wanted: a text file in UTF-8") from error
 
 
+@cache
 def pythons_own() -> str:
     """Return English that is on every Python installation: its language reference, then its modules' documentation.
 
@@ -143,7 +144,8 @@ class Block(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.joined(attended.transpose(1, 2).flatten(-2))
-        return x + self.mlp(self.mlp_norm(x))
+        mixed: Tensor = x + self.mlp(self.mlp_norm(x))
+        return mixed
 
 
 class Transformer(nn.Module):
@@ -166,4 +168,5 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return (B, T, vocabulary)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.head(self.norm(self.blocks(self.embedding(tokens) + self.position(positions))))
+        logits: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens) + self.position(positions))))
+        return logits

@@ -1,15 +1,13 @@
 """Digits of 8 x 8 pixels, which ship with scikit-learn."""
 
-import argparse
-
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from workloads.base import Workload
+from terncomm.simulator.workloads.base import Options, Workload
 
 
-def digits(options: argparse.Namespace) -> Workload:
+def digits(options: Options) -> Workload:
     """Return a convolutional network, 1437 training and 360 test images (1, 8, 8) of handwritten digits."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

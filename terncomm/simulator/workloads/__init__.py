@@ -1,0 +1,60 @@
+"""What can be trained on: a data set, a network that suits it, and options that train it well."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from terncomm.simulator.workloads.base import DataError, Options, Workload, cosine
+from terncomm.simulator.workloads.cifar10 import cifar10
+from terncomm.simulator.workloads.digits import digits
+from terncomm.simulator.workloads.mnist import mnist
+from terncomm.simulator.workloads.text import text
+
+# A further data set is one more function like these: options in, a `Workload` out.
+DATA = {"digits": digits, "cifar10": cifar10, "mnist": mnist, "text": text}
+
+__all__ = ["DATA", "DataError", "Options", "Workload", "add_arguments", "cosine", "load"]
+
+
+def load(name: str, options: Options) -> Workload:
+    """Return the workload of this name, or the one that a function of the user's makes of the options.
+
+    Such a function is named "module:function" or "file.py:function".
+
+    Raises:
+        DataError: there is no such name, module or function, it returned something else, or data are not as wanted.
+    """
+    if name in DATA:
+        return DATA[name](options)
+    where, colon, function = name.rpartition(":")
+    if not colon:
+        raise DataError(f"unknown data {name!r}; known: {', '.join(DATA)}, or a function of yours as FILE.py:FUNCTION")
+    path = Path(where)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise DataError(f"{where} is not a file; wanted: FILE.py:FUNCTION")
+        where = path.stem
+    folder = str(path.parent.resolve()) if path.suffix == ".py" else str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        made = getattr(importlib.import_module(where), function)(options)
+    except ImportError as error:
+        raise DataError(f"{name}: {error}") from error
+    except AttributeError as error:
+        raise DataError(f"{name}: {error}; wanted: a function that takes options and returns a Workload") from error
+    finally:
+        sys.path.remove(folder)
+    if not isinstance(made, Workload):
+        raise DataError(f"{name} returned {type(made).__name__}, wanted terncomm.simulator.Workload")
+    return made
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let the command line choose the data; the parsed words are the fields of :class:`Options` beside `data`."""
+    parser.add_argument("--data", default="digits", help=f"{', '.join(DATA)}, or FILE.py:FUNCTION (default: digits)")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with the files of cifar10 or mnist; nothing is downloaded"
+    )
+    parser.add_argument("--text", type=Path, help="text file for --data text (default: Python's own documentation)")
+    parser.add_argument("--tokens", choices=["words", "bytes"], default="words", help="what --data text predicts")
