@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -12,10 +13,11 @@ T = TypeVar("T")
 
 
 class _World:
-    def __init__(self, world_size: int, timeout_s: float | None) -> None:
+    def __init__(self, world_size: int, timeout_s: float | None, in_turn: bool) -> None:
         self.barrier = threading.Barrier(world_size)
         self.slots: list[torch.Tensor | None] = [None] * world_size
         self.timeout_s = timeout_s
+        self.turn: threading.Lock | nullcontext[None] = threading.Lock() if in_turn else nullcontext()
         self.error: BaseException | None = None
 
 
@@ -33,25 +35,40 @@ class LocalTransport:
         self.world_size = len(world.slots)
 
     @classmethod
-    def world(cls, world_size: int, *, timeout_s: float | None = 60.0) -> list["LocalTransport"]:
-        """W connected transports. A call that waits longer than `timeout_s` for the others raises on every rank."""
+    def world(
+        cls, world_size: int, *, timeout_s: float | None = 60.0, in_turn: bool = False
+    ) -> list["LocalTransport"]:
+        """W connected transports. A call that waits longer than `timeout_s` for the others raises on every rank.
+
+        in_turn: threads hold `transport.turn` while they work, so that one works at a time. Many threads that fight for
+        Python's lock take several times as long.
+        """
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
-        shared = _World(world_size, timeout_s)
+        shared = _World(world_size, timeout_s, in_turn)
         return [cls(shared, rank) for rank in range(world_size)]
 
     @classmethod
-    def run(cls, world_size: int, work: Callable[["LocalTransport"], T], *, timeout_s: float | None = 60.0) -> list[T]:
+    def run(
+        cls,
+        world_size: int,
+        work: Callable[["LocalTransport"], T],
+        *,
+        timeout_s: float | None = 60.0,
+        in_turn: bool = False,
+    ) -> list[T]:
         """Call work(transport) once per rank, each in a thread; return the results in rank order.
 
-        A rank that raises ends the world: its error is raised here, the other ranks get `RankFailed`.
+        A rank that raises ends the world: its error is raised here, the other ranks get `RankFailed`. With `in_turn`
+        one rank works at a time, as befits many.
         """
-        ranks = cls.world(world_size, timeout_s=timeout_s)
+        ranks = cls.world(world_size, timeout_s=timeout_s, in_turn=in_turn)
         results: list[T | None] = [None] * world_size
 
         def body(transport: LocalTransport) -> None:
             try:
-                results[transport.rank] = work(transport)
+                with transport._world.turn:
+                    results[transport.rank] = work(transport)
             except BaseException as error:
                 transport.fail(error)
 
@@ -72,6 +89,8 @@ class LocalTransport:
         self._world.barrier.abort()
 
     def _meet(self) -> None:
+        turn = self._world.turn
+        turn.__exit__(None, None, None)  # while it waits another may work
         try:
             self._world.barrier.wait(self._world.timeout_s)
         except threading.BrokenBarrierError:
@@ -79,6 +98,8 @@ class LocalTransport:
             if cause is None:
                 raise TimeoutError(f"rank {self.rank} waited {self._world.timeout_s} s for the other ranks") from None
             raise RankFailed(f"rank {self.rank}: another rank failed: {cause!r}") from cause
+        finally:
+            turn.__enter__()
 
     def _exchange(self, payload: torch.Tensor) -> list[torch.Tensor]:
         self._world.slots[self.rank] = payload

@@ -1,0 +1,146 @@
+"""Many training runs, several at a time; what is already in the file is not done again."""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from terncomm.simulator.simulate import Experiment, simulate
+from terncomm.simulator.workloads import load
+
+Record = dict[str, Any]
+
+
+def sweep(
+    experiments: Sequence[Experiment],
+    path: Path,
+    *,
+    jobs: int = 1,
+    tell: Callable[[str], None] = print,
+) -> list[Record]:
+    """Run the experiments that `path` has no record of; append a record of each as it ends, one JSON line.
+
+    jobs: processes, each with one torch thread. An interruption loses the runs that are under way and no other.
+
+    Raises:
+        DataError: the data of an experiment are not as wanted; nothing has been run.
+        ValueError: a line of `path` is no record.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {_identity(record["config"]): record for record in _read(path)}
+    wanted = {_identity(experiment.config()): experiment for experiment in experiments}
+    missing = [experiment for identity, experiment in wanted.items() if identity not in known]
+    if len(missing) < len(wanted):
+        tell(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {path} already")
+    for data in {(experiment.data, experiment.options) for experiment in missing}:
+        load(*data)
+    began = time.perf_counter()
+    done = 0
+
+    def keep(record: Record) -> None:
+        nonlocal done
+        done += 1
+        known[_identity(record["config"])] = record
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        left_s = (time.perf_counter() - began) / done * (len(missing) - done)
+        tell(f"{done:3}/{len(missing)}  {describe(record)}  {_duration(left_s)} left")
+
+    if jobs == 1 or len(missing) <= 1:
+        for experiment in missing:
+            keep(_run(experiment, tell if len(missing) == 1 else None))
+    else:
+        _in_parallel(missing, jobs, keep)
+    return [known[identity] for identity in wanted]
+
+
+def describe(record: Record) -> str:
+    """One line: what was run, and how it ended."""
+    config, last = record["config"], record["history"][-1]
+    codec = config["codec"] + (f", step every {config['accumulate']}" if config["accumulate"] > 1 else "")
+    loss = "diverged" if last["test_loss"] is None else f"test loss {last['test_loss']:.4f}"
+    accuracy = "" if last["test_accuracy"] is None else f"  accuracy {last['test_accuracy']:6.2%}"
+    return (
+        f"{config['data']} W={config['workers']:<3} {codec:24} seed {config['seed']}  {loss}{accuracy}  "
+        f"{last['sent_bytes'] / 1e6:9.2f} MB/worker"
+    )
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    """Replace what `path` holds of these runs, keeping its other lines; whole at any time."""
+    known = {_identity(record["config"]): record for record in [*_read(path), *records]}
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in known.values()))
+    os.replace(unfinished, path)
+
+
+def _run(experiment: Experiment, tell: Callable[[str], None] | None = None) -> Record:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same bits as a process of DDP has with one thread; more would hardly help
+    try:
+        return simulate(experiment, on_epoch=lambda point: tell(_progress(point, experiment)) if tell else None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _progress(point: Record, experiment: Experiment) -> str:
+    loss, accuracy = point["train_loss"], point["test_accuracy"]
+    return (
+        f"epoch {point['epoch']:3}/{experiment.epochs}  step {point['step']:6}  "
+        f"train loss {'-' if loss is None else format(loss, '.4f'):>8}"
+        + ("" if accuracy is None else f"  test accuracy {accuracy:7.2%}")
+        + f"  sent {point['sent_bytes'] / 1e6:9.2f} MB/worker"
+    )
+
+
+def _in_parallel(experiments: Sequence[Experiment], jobs: int, keep: Callable[[Record], None]) -> None:
+    context = multiprocessing.get_context("spawn")
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(experiments)), context, _initialize)
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(_run, one) for one in experiments]):
+            keep(future.result())
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _initialize() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _identity(config: dict[str, Any]) -> str:
+    """Equal for the same run."""
+    return json.dumps(config, sort_keys=True)
+
+
+def _read(path: Path) -> list[Record]:
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return records
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
