@@ -25,6 +25,7 @@ ALLOWED = {
     "exchange": {"wire", "ops", "segments", "transports.base"},
     "reduce": {"exchange", "ops", "codecs.base", "segments", "keys", "transports.base"},
     "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "transports", "version"},
+    "simulator": set(),
     "version": set(),
 }
 
