@@ -241,7 +241,7 @@ def plot(predicted: dict[Bar, float]) -> None:
                 face = "white" if dotted else color
                 axes.plot(GPUS, [truth[b] for b in mine], marker, color=color, markerfacecolor=face, markersize=5.5)
         told = summary(errors(predicted, cluster))
-        title = f"{titles[cluster]}: median error {told['median_error_percent']:.1f} %, "
+        title = f"{titles[cluster]}\nmedian error {told['median_error_percent']:.1f} %, "
         axes.set(xscale="log", yscale="log", xlabel="GPUs", title=title + f"largest {told['max_error_percent']:.0f} %")
         axes.set_xticks(GPUS, [str(g) for g in GPUS])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
