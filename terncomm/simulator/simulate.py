@@ -88,8 +88,8 @@ def simulate(
         on_epoch: called with each point of the history.
 
     Returns:
-        A record, plain words and numbers: mode, config (what was asked for), used (what the data filled in), provenance,
-        parameters, history. A point of the history has
+        A record, plain words and numbers: mode, config (what was asked for), used (what the data filled in),
+        provenance, parameters, history. A point of the history has
         epoch, step (micro-steps), train_loss, test_loss, test_accuracy (None where there is none) and sent_bytes, what
         each worker has sent since the start, as its transport counted. Numbers that are not finite are None.
 

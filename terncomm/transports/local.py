@@ -35,9 +35,7 @@ class LocalTransport:
         self.world_size = len(world.slots)
 
     @classmethod
-    def world(
-        cls, world_size: int, *, timeout_s: float | None = 60.0, in_turn: bool = False
-    ) -> list["LocalTransport"]:
+    def world(cls, world_size: int, *, timeout_s: float | None = 60.0, in_turn: bool = False) -> list["LocalTransport"]:
         """W connected transports. A call that waits longer than `timeout_s` for the others raises on every rank.
 
         in_turn: threads hold `transport.turn` while they work, so that one works at a time. Many threads that fight for
