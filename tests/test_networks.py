@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from terncomm.hooks.exempt import GROUPS, structural
+from terncomm.layers import GROUPS, structural
 from torch import nn
 
 from terncomm.simulator import networks
