@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from terncomm.layers import GROUPS, structural
 from torch import nn
 
+from terncomm.layers import GROUPS, structural
 from terncomm.simulator import networks
 from terncomm.simulator.networks import NETWORKS, Network, Parameter, of_module
 

@@ -1,6 +1,7 @@
 """8-bit quantization by blocks."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -86,12 +87,13 @@ class _NarrowSums:
         even = torch.arange(world_size + 1) * pieces.numel // world_size
         nearest = torch.searchsorted((pieces.starts[1:] + pieces.starts[:-1]) // 2, even)
         self.edges = tuple(pieces.starts[nearest].tolist())
-        self._windows = [pieces.window(*edge) for edge in zip(self.edges, self.edges[1:], strict=False)]
-        self._row_length = max(window.numel for window in self._windows)
-        self.nbytes = self._row_length + self._width * max(len(window) for window in self._windows)
+        self._pieces = pieces
+        self._windows: dict[int, Segments] = {}
+        self._row_length = max(end - begin for begin, end in pairwise(self.edges))
+        self.nbytes = self._row_length + self._width * int(nearest.diff().max())
 
     def pack(self, row: int, totals: torch.Tensor) -> torch.Tensor:
-        window = self._windows[row]
+        window = self._window(row)
         keys = self._key.streams(window.layers, rank=NO_RANK, world_size=self._world_size)
         codes, divisors = ops.narrow(totals, window, keys.to(totals.device))
         out = torch.zeros(self.nbytes, dtype=torch.uint8, device=totals.device)
@@ -100,10 +102,15 @@ class _NarrowSums:
         return out
 
     def unpack(self, row: int, packed: torch.Tensor) -> torch.Tensor:
-        window = self._windows[row]
+        window = self._window(row)
         octets = self._octets(packed, window).to(torch.int32)
         divisors = octets[:, 0] if self._width == 1 else octets[:, 0] | octets[:, 1] << 8
         return ops.widen(packed[: window.numel], window, divisors.contiguous())
+
+    def _window(self, row: int) -> Segments:
+        if row not in self._windows:
+            self._windows[row] = self._pieces.window(self.edges[row], self.edges[row + 1])
+        return self._windows[row]
 
     def _octets(self, packed: torch.Tensor, window: Segments) -> torch.Tensor:
         return packed[self._row_length :][: self._width * len(window)].view(-1, self._width)

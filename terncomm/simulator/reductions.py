@@ -26,6 +26,10 @@ class Reduction(Protocol):
     def messages(self, coded: Segments, exact: Segments, world_size: int) -> list[Message]:
         """The collective calls of a float32 bucket with these layers, for the prediction of time."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of a bucket is treated alike, and not its coded layers alone."""
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -48,6 +52,11 @@ class Exact:
         nbytes = (coded.numel + exact.numel) * self.dtype.itemsize
         return [Message("all_reduce", -(-2 * nbytes // world_size))]
 
+    @property
+    def whole(self) -> bool:
+        """True."""
+        return True
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -63,6 +72,11 @@ class Coded:
     def messages(self, coded: Segments, exact: Segments, world_size: int) -> list[Message]:
         """See :class:`Reduction`."""
         return messages(coded, self.codec if len(coded) else None, world_size, exact=exact)
+
+    @property
+    def whole(self) -> bool:
+        """False: exact layers need no arithmetic."""
+        return False
 
 
 def reduction_for(name: str) -> Reduction:

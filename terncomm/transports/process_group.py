@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from terncomm.transports.base import RankFailed
 
-_AT_ONCE = 1 << 18  # bytes; all-gathers of less go to all ranks at the same time, larger ones round a ring
+AT_ONCE = 1 << 18  # bytes; all-gathers of less go to all ranks at the same time, larger ones round a ring
 
 
 class ProcessGroupTransport:
@@ -37,7 +37,7 @@ class ProcessGroupTransport:
         if world_size == 1 or payload.numel() == 0:
             return payload.expand(world_size, -1).clone()
         mine, backend = self._at_home(payload)
-        if mine.numel() <= _AT_ONCE:
+        if mine.numel() <= AT_ONCE:
             return self._all_to_all(mine.repeat(world_size, 1), backend).to(payload.device)
         out = mine.new_empty(world_size, mine.numel())
         with _naming_failure():
