@@ -1,0 +1,155 @@
+"""Prediction against measurement: real DDP jobs on really limited links, and what the simulator says of them.
+
+    python benchmarks/validate_simulator.py                # as root; some minutes
+    python benchmarks/validate_simulator.py --record       # and write benchmarks/results/validation.csv
+    unshare -rn python benchmarks/validate_simulator.py    # without root, where user namespaces are allowed
+
+One network namespace per rank. In each job, before anything is predicted, three things are measured, all ranks at the
+same time: collective calls of other sizes than the job's, codecs against an echo on other sizes than its buckets, and
+forward and backward with a hook that does nothing. From these, and from the layers, the step time of each codec is
+predicted; then it is measured. Bytes are compared with the interface's counter.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from namespaces import INTERFACE, NotPermitted, address, namespaces, sent_bytes
+
+CODECS = ("none", "fp16", "int8", "terngrad")
+# Layers, width, samples: little to compute and much to send; much to compute; many small layers in several buckets.
+JOBS = {"light": (5, 1024, 2), "heavy": (5, 1024, 384), "deep": (24, 320, 320)}
+BUCKET_CAP_MB = 8
+STEPS = 7
+
+
+def network(job):
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    layers, width, _ = JOBS[job]
+    return nn.Sequential(*(part for _ in range(layers) for part in (nn.Linear(width, width), nn.ReLU())))
+
+
+def rank_main(names: list[str]) -> None:
+    """One rank: calibrate, then profile, predict and measure each job; rank 0 prints a JSON line for each point."""
+    import torch
+    import torch.distributed as dist
+
+    from terncomm.codecs import codec_for
+    from terncomm.simulator import codec_costs
+    from terncomm.simulator.calibrate import calibrate
+    from terncomm.simulator.codec_costs import FREE
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world_size = dist.get_world_size()
+    calibration = calibrate(dist.group.WORLD, tell=lambda line: print(line, file=sys.stderr) if dist.get_rank() == 0 else None)
+    sizes = (3 << 15, 3 << 19)
+    costs = {"none": FREE, "fp16": codec_costs.measure_cast(numel=sizes[1], meet=dist.barrier)}
+    for codec in ("int8", "terngrad"):
+        costs[codec] = codec_costs.measure(codec_for(codec), world_size, sizes=sizes, meet=dist.barrier)
+    if dist.get_rank() == 0:
+        print(calibration, costs, file=sys.stderr)
+    for name in names:
+        for codec in CODECS:
+            point = measure(name, codec, calibration, costs[codec])
+            if dist.get_rank() == 0:
+                print(json.dumps(point), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(name, codec, calibration, cost):
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    import terncomm
+    from terncomm.layers import Layers
+    from terncomm.simulator.buckets import rebuilt_buckets
+    from terncomm.simulator.predict import load_of, predict, sent_bytes as predicted_bytes
+    from terncomm.simulator.reductions import reduction_for
+    from terncomm.simulator.timeline import Compute
+
+    world_size = dist.get_world_size()
+    _, width, samples = JOBS[name]
+    inputs = torch.randn(samples, width, generator=torch.Generator().manual_seed(dist.get_rank()))
+
+    def steps(model, count):
+        """Seconds until the backward pass begins, and until the step ends, of the slowest rank."""
+        found = []
+        for _ in range(count + 2):
+            dist.barrier()
+            began = time.perf_counter()
+            loss = model(inputs).square().mean()
+            forward = time.perf_counter()
+            model.began = forward
+            loss.backward()
+            found.append([forward - began, time.perf_counter() - began])
+            model.zero_grad()
+        times = torch.tensor(found[2:], dtype=torch.float64)
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        return times
+
+    # Computing alone: DDP with a hook that has nothing to do, and takes the time at which each bucket is there.
+    ready: dict[int, list[float]] = {}
+    order: list[torch.Tensor] = []
+    model = DistributedDataParallel(network(name), bucket_cap_mb=BUCKET_CAP_MB)
+
+    def nothing(_, bucket):
+        ready.setdefault(bucket.index(), []).append(time.perf_counter() - model.began)
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    model.register_comm_hook(None, nothing)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(order.append)
+    times = steps(model, STEPS)
+    parameters = list(dict.fromkeys(order))
+    layers = Layers(model.module.named_parameters(), exempt=())
+    buckets = [layers.of_bucket(bucket) for bucket in rebuilt_buckets(parameters, BUCKET_CAP_MB)]
+    forward_s, whole_s = (statistics.median(column) for column in times.T.tolist())
+    ready_s = torch.tensor([statistics.median(ready[index][2:]) for index in range(len(buckets))], dtype=torch.float64)
+    dist.all_reduce(ready_s, op=dist.ReduceOp.MAX)
+    compute = Compute(forward_s, tuple(ready_s.tolist()), whole_s - forward_s)
+    loads = [load_of(*bucket, reduction_for(codec), world_size) for bucket in buckets]
+    cores = len(os.sched_getaffinity(0)) / world_size
+    predicted = predict(
+        compute, loads, world_size, calibration.fabric, cost, cores=cores, wire_busy=calibration.wire_busy
+    )
+    del model
+
+    model = DistributedDataParallel(network(name), bucket_cap_mb=BUCKET_CAP_MB)
+    if codec == "fp16":
+        model.register_comm_hook(None, fp16_compress_hook)
+    elif codec != "none":
+        terncomm.register(model, codec, exempt=())
+    steps(model, 1)
+    before = sent_bytes()
+    measured = steps(model, STEPS)[:, 1].tolist()
+    sent = (sent_bytes() - before) / (STEPS + 2)
+    low, middle, high = statistics.quantiles(measured, n=4)
+    dist.barrier()
+    return {
+        "job": name,
+        "codec": codec,
+        "world_size": world_size,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "buckets": len(buckets),
+        "measured_ms": 1e3 * middle,
+        "iqr_ms": 1e3 * (high - low),
+        "predicted_ms": 1e3 * predicted.step_s,
+        "compute_ms": 1e3 * predicted.compute_s,
+        "codec_ms": 1e3 * sum(sum(cost.seconds(load.elements)) for load in loads if load.elements),
+        "exposed_exchange_ms": 1e3 * predicted.exchange_s,
+        "interface_bytes": sent,
+        "predicted_bytes": predicted_bytes(loads, world_size),
+    }
