@@ -298,7 +298,7 @@ def break_evens(plan: Plan, look: Looks) -> Drawn:
                 if label != "none" and found.pays:
                     remarks.append((f"{label} {found.text}", look[label].color))
         line[0].set_title(f"W = {workers}", fontweight="bold")
-        line[0].set_ylabel(f"time of a step ({unit}, log scale)")
+        line[0].set_ylabel(f"step time ({unit}, log scale)")
         _log_axis(line[0].yaxis, [row["batch_s"] / size for row in rows])
         if compared:
             line[1].set_title("times faster than none", fontweight="bold")
@@ -349,7 +349,9 @@ def throughput(plan: Plan, look: Looks) -> Drawn:
             axes.set_title("per worker" if each else f"{rate_text(rate)}: all workers", fontweight="bold")
             axes.set(xlabel="workers (log scale)", ylabel="samples/s per worker" if each else "samples/s (log scale)")
             _log_axis(axes.xaxis, plan.workers, at=plan.workers)
-        line[1].set_ylim(bottom=0)
+        line[1].set_ylim(
+            0, 1.06 * max(s / w for w, s in [*free.items(), *((r["workers"], r["samples_per_s"]) for r in rows)])
+        )
         _log_axis(line[0].yaxis, [*(row["samples_per_s"] for row in rows), *free.values()])
     return figure, rows
 
@@ -396,7 +398,7 @@ def _page(
     """
     title = textwrap.fill(title, 84)
     remark = textwrap.fill(remark, 122)
-    columns = max(1, int((_WIDTH - 0.2) // (0.6 + 0.072 * max((len(str(h.get_label())) for h in handles), default=1))))
+    columns = max(1, int((_WIDTH - 0.2) // (0.62 + 0.066 * max((len(str(h.get_label())) for h in handles), default=1))))
     lines = math.ceil(len(handles) / columns)
     top = 0.12 + 0.19 * (1 + title.count("\n")) + 0.15 * (1 + remark.count("\n")) + 0.08
     bottom = 0.19 * lines + 0.14 if handles else 0.04
@@ -450,7 +452,7 @@ def _curve(axes: Axes, points: list[tuple[int, Band, Band]], size: float, look: 
 
 def _bars(axes: Axes, found: dict[str, tuple[Band | None, str]], size: float, look: Looks) -> None:
     """Bars per label with the range over seeds, the value beside it; a remark where there is no value."""
-    top = max((each.high for each, _ in found.values() if each), default=1.0) / size
+    top = max((each.high for each, _ in found.values() if each), default=0.0) / size or 1.0
     for number, (label, (each, remark)) in enumerate(found.items()):
         value = 0.0
         if each:
@@ -459,8 +461,8 @@ def _bars(axes: Axes, found: dict[str, tuple[Band | None, str]], size: float, lo
             axes.barh(number, mean, height=0.66, **look[label].bar)
             error = [[mean - each.low / size], [value - mean]]
             if each.count > 1:
-                halo = [withStroke(linewidth=3, foreground="white")]
-                axes.errorbar(mean, number, xerr=error, ecolor="0.2", elinewidth=1.2, capsize=2.5, path_effects=halo)
+                halo = [withStroke(linewidth=3.2, foreground="white")]
+                axes.errorbar(mean, number, xerr=error, ecolor="0.2", elinewidth=1.4, path_effects=halo)
             remark = f"{_digits(mean)}{f'  ({remark})' if remark else ''}"
         axes.annotate(remark, (value, number), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(found)), list(found))
@@ -544,7 +546,7 @@ def _measure_axis(axes: Axes, field: str) -> None:
         axes.set_ylabel("test loss (log scale)")
         _log_axis(axes.yaxis, [low, high])
     elif field == "test_accuracy" and high > 90 and (100 - low) > 4 * (100 - high):
-        axes.set_ylabel("test accuracy (%, log scale of errors)")
+        axes.set_ylabel("test accuracy (%)\nlog scale of errors")
         axes.set_yscale("function", functions=(_errors, _accuracy))
         axes.set_ylim(low - 0.05 * (100 - low), high + 0.15 * (100 - high))
         axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.8]))
@@ -585,6 +587,8 @@ def _log_axis(axis: Axis, values: Sequence[float], at: Sequence[float] = (), hea
         subs = (1, 3) if span < 3 else (1,)
     ticks = [sub * 10.0**power for power in range(-9, 16) for sub in subs]
     ticks = [tick for tick in at or ticks if low <= tick <= high]
+    if len(ticks) < 2:
+        ticks = sorted({float(f"{value:.2g}") for value in (min(values), max(values))})
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     axis.set_minor_locator(NullLocator())

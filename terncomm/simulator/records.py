@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from terncomm.simulator.links import Link
+
 Record = dict[str, Any]
 MODES = ("simulate", "plan", "cluster")
 PARTS = ("compute_s", "encode_s", "exchange_s", "decode_s")
@@ -81,6 +83,7 @@ def check(record: Any) -> None:
         _counts(config, "config.", "workers", low=1)
         _step(record, "")
         _amounts(record, "", "sent_bytes", "samples_per_s")
+        rate_and_delay(record)
     else:
         _each(config, "config.", str, "link")
         _counts(config, "config.", "ranks", low=1)
@@ -93,6 +96,19 @@ def check(record: Any) -> None:
             _history(record, ("seconds",))
     if "accumulate" in config:
         _counts(config, "config.", "accumulate", low=1)
+
+
+def rate_and_delay(record: Record) -> tuple[float, float]:
+    """Bits per second and one-way delay of a plan record's link.
+
+    Raises:
+        ValueError: the record has no bits_per_s, and its link's name says no rate.
+    """
+    if "bits_per_s" in record:
+        _amounts({"delay_s": 0.0, **record}, "", "bits_per_s", "delay_s")
+        return record["bits_per_s"], record.get("delay_s", 0.0)
+    link = Link.parse(record["config"]["link"])
+    return link.bits_per_s, link.delay_s
 
 
 def _history(record: Record, more: tuple[str, ...]) -> None:

@@ -105,6 +105,8 @@ def write_report(
             if of_mode or measured:
                 body += [f"<h2>{'Simulated training' if mode == 'simulate' else 'Measured runs'}</h2>", _mode(mode)]
             body += [part for panel in of_mode for part in _summary(panel)]
+            if of_mode:
+                body.append(f"<p><small>{_escape(VERDICT_RULE)}</small></p>")
             body += _measured(measured)
             look = figures.looks(trained, planned)
             for picture in _pictures(of_mode, measured, look, target, target_loss):
@@ -133,30 +135,44 @@ def _pictures(
         stem = ("measured" if panel.mode == "cluster" else "simulated", panel.name)
         what = "Accuracy and loss" if panel.has_accuracy else "Loss"
         name = "accuracy" if panel.has_accuracy else "loss"
-        if any(x.mean > 0 for curve in panel.curves for _, x, _ in curve.points(panel.field)):
-            yield _picture((*stem, f"{name}_vs_bytes"), f"{what} against bytes.", figures.against_bytes(panel, look))
-        if panel.links:
-            yield _picture((*stem, f"{name}_vs_time"), f"{what} against time.", figures.against_time(panel, look))
+        if _moves(panel, None):
+            yield _picture(
+                (*stem, f"{name}_vs_bytes"),
+                f"{panel.name}: {what.lower()} against bytes.",
+                figures.against_bytes(panel, look),
+            )
+        if any(_moves(panel, link) for link in panel.links):
+            yield _picture(
+                (*stem, f"{name}_vs_time"),
+                f"{panel.name}: {what.lower()} against time.",
+                figures.against_time(panel, look),
+            )
         target = target_of(panel, accuracy, loss)
         if target:
-            caption = f"What {target.text} takes ({target.why})."
+            caption = f"{panel.name}: what {target.text} takes ({target.why})."
             yield _picture((*stem, "to_target"), caption, figures.to_target(panel, target, look))
     for data in dict.fromkeys(panel.data for panel in trained if panel.mode == "simulate" and panel.links):
         group = [panel for panel in trained if panel.data == data and panel.links]
-        caption = "Predicted time of a step. Encode, exchange and decode are what computing does not hide."
+        caption = f"{data}: predicted time of a step by parts."
         yield _picture(("simulated", data, "step_parts"), caption, figures.step_parts(group))
     whole = panels(measured, whole_runs=True)
     if whole:
         yield _picture(("measured", "seconds"), "Seconds of whole runs.", figures.cluster_seconds(whole))
 
 
+def _moves(panel: Panel, link: str | None) -> bool:
+    """Whether bytes (or seconds on a link) go beyond zero: one worker sends nothing."""
+    return any(x.mean > 0 for curve in panel.curves for _, x, _ in curve.points("test_loss", link))
+
+
 def _plan_pictures(plan: Plan, look: figures.Looks) -> Iterator[Picture]:
     if len(plan.rates) > 1:
-        caption = "Time of a step against the rate of a link, and where codecs stop to pay."
+        caption = f"{plan.name}: time of a step against the rate of a link, and where codecs stop to pay."
         yield _picture(("planned", plan.name, "break_even"), caption, figures.break_evens(plan, look))
     if len(plan.workers) > 1:
-        yield _picture(("planned", plan.name, "throughput"), "Throughput.", figures.throughput(plan, look))
-    caption = "Predicted time of a step. Encode, exchange and decode are what computing does not hide."
+        caption = f"{plan.name}: throughput against workers."
+        yield _picture(("planned", plan.name, "throughput"), caption, figures.throughput(plan, look))
+    caption = f"{plan.name}: predicted time of a step by parts."
     yield _picture(("planned", plan.name, "step_parts"), caption, figures.plan_parts(plan))
 
 
@@ -216,7 +232,7 @@ def _header(records: Sequence[Record], replaced: int) -> list[str]:
         lines.append(
             "<p><strong>How time was predicted.</strong> A simulated run counts its bytes and trains for real; time on "
             "a link is computed: the time of one optimizer step (compute, and of encode, exchange and decode what "
-            "computing does not hide) times the number of exchanges up to an evaluation. Nobody waited for it.</p>"
+            "computing does not hide) times the number of exchanges up to an evaluation.</p>"
         )
     if counts["plan"]:
         lines.append(
@@ -238,7 +254,7 @@ def _asked(records: Sequence[Record]) -> list[Row]:
         config = dict(record["config"])
         if record["mode"] == "cluster":
             config = {"script": script(config), "ranks": config["ranks"], "link": config["link"]}
-            config |= command_options(record["config"])
+            config |= {k: v for k, v in command_options(record["config"]).items() if "/" not in v}
         if "parameters" in record:
             config["parameters"] = record["parameters"]
         for name, value in config.items():
@@ -280,7 +296,6 @@ def _summary(panel: Panel) -> list[str]:
     if panel.unequal:
         text = f"Not all else is equal: {'. '.join(panel.unequal)}."
         lines.append(f'<p class="note">{_escape(text)}</p>')
-    lines.append(f"<p><small>{_escape(VERDICT_RULE)}</small></p>")
     if panel.mode == "cluster":
         runs = [run for curve in panel.curves for run in curve.runs]
         labels = [link_label([run for run in runs if link in run.clocks], link) for link in panel.links]

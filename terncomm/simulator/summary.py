@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
 
-from terncomm.simulator.links import Link
-from terncomm.simulator.records import PARTS, Record
+from terncomm.simulator.records import PARTS, Record, rate_and_delay
 
 KNOWN_CODECS = ("none", "fp16", "int8", "terngrad", "terngrad-noclip")
 Field = Literal["test_accuracy", "test_loss"]
@@ -394,13 +393,19 @@ VERDICT_RULE = (
     "where the gap is at most t s sqrt(1/n + 1/m): n and m are the numbers of seeds, s is their pooled standard "
     "deviation, t is the 97.5 % point of Student's distribution with n + m - 2 degrees of freedom (with 3 seeds each: "
     "2.27 s). About one comparison in 20 of codecs that are in truth equal shows a difference. No difference seen does "
-    "not mean equal: the table says which gap these seeds would have shown."
+    "not mean equal: the gap that these seeds would have shown is said with it."
 )
 
 
 @dataclass(frozen=True)
 class Gap:
-    """`value`: mean minus the baseline's mean; `least`: the least gap that is a difference, None with one seed each."""
+    """Mean minus the baseline's mean.
+
+    Args:
+        value: the gap.
+        least: the least gap that is a difference; None where nothing says how much chance does: one seed each, or
+            seeds that all end alike.
+    """
 
     value: float
     least: float | None
@@ -422,37 +427,52 @@ def gap(values: Sequence[float], base: Sequence[float]) -> Gap:
     if freedom < 1:
         return Gap(difference, None)
     square = sum(statistics.variance(side) * (len(side) - 1) for side in (values, base) if len(side) > 1) / freedom
+    if square == 0:
+        return Gap(difference, None)
     student = _T[min(freedom, len(_T)) - 1]
     return Gap(difference, student * math.sqrt(square * (1 / len(values) + 1 / len(base))))
 
 
 def verdict(panel: Panel, curve: Curve) -> str:
-    """A codec against none, in words."""
-    base = panel.baseline
-    if base is None:
-        return "no run of none to compare with"
-    field = panel.field
+    """A codec against none, in words: by accuracy where there is one, and by loss where that differs."""
+    base, field = panel.baseline, panel.field
     diverged = [run for run in curve.seeds if not _is_finite(run.history[-1][field])]
     if diverged:
-        return f"{len(diverged)} of {len(curve.seeds)} seeds diverged: the last {_words(field)} is not a number"
+        return f"{len(diverged)} of {len(curve.seeds)} seeds diverged: {_words(field)} at the end is not a number"
+    if base is None:
+        return "no run of none to compare with"
     if curve is base:
         return "the baseline"
     if base.final(field) is None:
         return "none diverged: nothing to compare with"
-    found = gap(*([run.history[-1][field] for run in side.seeds] for side in (curve, base)))
-    size = _size(field, found.value)
-    way = f"{size} {'higher' if found.value > 0 else 'lower'}"
+    text = _compared(field, _ends(curve, field), _ends(base, field))
+    losses = _ends(curve, "test_loss"), _ends(base, "test_loss")
+    if field == "test_accuracy" and all(map(_is_finite, losses[0] + losses[1])) and gap(*losses).seen:
+        text += f"; {_compared('test_loss', *losses)}"
+    return text
+
+
+def _ends(curve: Curve, field: Field) -> list[float]:
+    return [run.history[-1][field] for run in curve.seeds]
+
+
+def _compared(field: Field, values: list[float], base: list[float]) -> str:
+    found = gap(values, base)
+    way = f"{_size(field, found.value)} {'higher' if found.value > 0 else 'lower'}"
+    if abs(found.value) < 1e-12:
+        way = "the same mean"
     if found.least is None:
-        return f"{way if found.value else 'equal'}; one seed each, so chance cannot be told apart"
+        few = len(values) + len(base) < 3
+        return f"{way}, but {'one seed each' if few else 'seeds all end alike'}: how much is chance is not known"
     if found.seen:
         return way
-    return f"no difference seen (gap {size}; seen from {_size(field, found.least)})"
+    return f"no difference seen ({way}; {_size(field, found.least)} would be seen)"
 
 
 def _size(field: Field, value: float) -> str:
     if field == "test_accuracy":
         points = 100 * abs(value)
-        return f"{points:.1f} points" if points >= 0.1 or not points else f"{points:.2g} points"
+        return f"{points:.1f} points" if points >= 0.1 else f"{points:.2g} points"
     return f"test loss {abs(value):.2g}"
 
 
@@ -556,18 +576,6 @@ def plans(records: Sequence[Record]) -> list[Plan]:
     return sorted(found, key=lambda plan: (plan.network, plan.delay_s, plan.conditions))
 
 
-def rate_and_delay(record: Record) -> tuple[float, float]:
-    """Bits per second and one-way delay of a plan record's link.
-
-    Raises:
-        ValueError: the record has no bits_per_s, and its link's name says no rate.
-    """
-    if "bits_per_s" in record:
-        return record["bits_per_s"], record.get("delay_s", 0.0)
-    link = Link.parse(record["config"]["link"])
-    return link.bits_per_s, link.delay_s
-
-
 @dataclass(frozen=True)
 class BreakEven:
     """Rates (bits per second, seconds per batch) where a codec's curve crosses none's.
@@ -597,8 +605,8 @@ class BreakEven:
 def break_even(base: dict[float, float], codec: dict[float, float]) -> BreakEven:
     """Crossings of two curves of seconds by bits per second, straight between points on log-log axes.
 
-    >>> break_even({1e8: 10.0, 1e10: 1.0}, {1e8: 1.0, 1e10: 10.0}).stops[0][0]
-    1000000000.0
+    >>> break_even({1e8: 10.0, 1e10: 1.0}, {1e8: 1.0, 1e10: 10.0}).text
+    'pays below 1 Gbit/s'
     """
     rates = sorted(base.keys() & codec.keys())
     ratios = [math.log(codec[rate] / base[rate]) for rate in rates]
