@@ -223,6 +223,13 @@ def test_bands_over_seeds(tmp_path):
     assert (float(row["seconds"]), row["time_is"], row["link"]) == (10.0, "predicted", "100mbit")
 
 
+def test_a_point_needs_every_seed():
+    found = [run(seed=0), run(seed=1, steps=(0, 10, 30))]
+    curve = only(only(summary.panels(found)).curves)
+    assert [step for step, _, _ in curve.points("test_loss")] == [0, 10]
+    assert [step for step, _, _ in curve.points("test_loss", "100mbit")] == [0, 10]
+
+
 def test_time_of_accumulated_steps_is_that_of_their_exchanges(tmp_path):
     found = [run(), run(accumulate=5)]
     files, words = written(found, tmp_path)

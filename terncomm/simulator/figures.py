@@ -335,7 +335,7 @@ def throughput(plan: Plan, look: Looks) -> Drawn:
         2.1,
         [
             *(_handle(label, look) for label in labels),
-            Line2D([], [], color="0.6", linewidth=1.2, label="if exchanging took no time"),
+            Line2D([], [], color="0.6", linewidth=1.2, label="computing alone"),
         ],
     )
     for line, rate in zip(grid, shown, strict=True):
@@ -398,7 +398,7 @@ def _page(
     """
     title = textwrap.fill(title, 84)
     remark = textwrap.fill(remark, 122)
-    columns = max(1, int((_WIDTH - 0.2) // (0.62 + 0.066 * max((len(str(h.get_label())) for h in handles), default=1))))
+    columns = max(1, int((_WIDTH - 0.2) // (0.6 + 0.066 * max((len(str(h.get_label())) for h in handles), default=1))))
     lines = math.ceil(len(handles) / columns)
     top = 0.12 + 0.19 * (1 + title.count("\n")) + 0.15 * (1 + remark.count("\n")) + 0.08
     bottom = 0.19 * lines + 0.14 if handles else 0.04
