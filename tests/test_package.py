@@ -28,6 +28,8 @@ ALLOWED = {
     "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "simulator": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "version": set(),
+    # All but the hooks.
+    "simulator": {"reduce", "exchange", "wire", "ops", "codecs", "segments", "keys", "transports", "version"},
 }
 
 
