@@ -49,7 +49,9 @@ def rank_main(names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world_size = dist.get_world_size()
-    calibration = calibrate(dist.group.WORLD, tell=lambda line: print(line, file=sys.stderr) if dist.get_rank() == 0 else None)
+    calibration = calibrate(
+        dist.group.WORLD, tell=lambda line: print(line, file=sys.stderr) if dist.get_rank() == 0 else None
+    )
     sizes = (3 << 15, 3 << 19)
     costs = {"none": FREE, "fp16": codec_costs.measure_cast(numel=sizes[1], meet=dist.barrier)}
     for codec in ("int8", "terngrad"):
@@ -74,7 +76,8 @@ def measure(name, codec, calibration, cost):
     import terncomm
     from terncomm.layers import Layers
     from terncomm.simulator.buckets import rebuilt_buckets
-    from terncomm.simulator.predict import load_of, predict, sent_bytes as predicted_bytes
+    from terncomm.simulator.predict import load_of, predict
+    from terncomm.simulator.predict import sent_bytes as predicted_bytes
     from terncomm.simulator.reductions import reduction_for
     from terncomm.simulator.timeline import Compute
 
@@ -153,3 +156,88 @@ def measure(name, codec, calibration, cost):
         "interface_bytes": sent,
         "predicted_bytes": predicted_bytes(loads, world_size),
     }
+
+
+def run(rate, ranks, names):
+    """The points of these jobs on links of this rate."""
+    children = []
+    with namespaces(ranks, rate) as places:
+        try:
+            for rank, place in enumerate(places):
+                env = os.environ | {
+                    "RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": address(0),
+                    "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1",
+                }  # fmt: skip
+                command = ["ip", "netns", "exec", place, sys.executable, __file__, "--rank-of", *names]
+                out = subprocess.PIPE if rank == 0 else None
+                children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
+            for line in children[0].stdout:
+                yield {"link": rate, **json.loads(line)}
+            if any(child.wait(timeout=60) for child in children):
+                raise SystemExit(f"validate_simulator.py: a rank failed at {rate}, see above")
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+
+
+def judged(point):
+    """A row: the point, and whether prediction and measurement agree."""
+    time_error = point["predicted_ms"] / point["measured_ms"] - 1
+    bytes_error = point["predicted_bytes"] / point["interface_bytes"] - 1
+    spread = point["iqr_ms"] / point["measured_ms"]
+    share = min(1.0, (point["compute_ms"] + point["codec_ms"]) / point["measured_ms"])
+    return {
+        **{name: round(value, 2) if isinstance(value, float) else value for name, value in point.items()},
+        "time_error_percent": round(100 * time_error, 2),
+        "allowed_percent": round(100 * max(0.1, 2 * spread), 2),
+        "bytes_error_percent": round(100 * bytes_error, 2),
+        "spread_percent": round(100 * spread, 2),
+        "compute_and_codec_share": round(share, 3),
+        "within": abs(time_error) <= max(0.1, 2 * spread),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--record", action="store_true", help="write the rows to benchmarks/results/validation.csv")
+    parser.add_argument("--rank-of", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of:
+        rank_main(arguments.rank_of)
+        return
+    rows = []
+    try:
+        for rate in arguments.rates:
+            for ranks in arguments.ranks:
+                for point in run(rate, ranks, arguments.jobs):
+                    rows.append(judged(point))
+                    row = rows[-1]
+                    print(
+                        f"{rate:8} W={ranks} {row['job']:6} {row['codec']:9} measured {row['measured_ms']:8.1f} ms "
+                        f"(IQR {row['spread_percent']:4.1f} %)  predicted {row['predicted_ms']:8.1f} ms  "
+                        f"{row['time_error_percent']:+6.1f} %  bytes {row['bytes_error_percent']:+5.2f} %  "
+                        f"compute+codec {row['compute_and_codec_share']:.0%}  {'' if row['within'] else 'OUT'}",
+                        flush=True,
+                    )
+    except NotPermitted as error:
+        raise SystemExit(f"validate_simulator.py: {error}") from None
+    quiet = [abs(row["time_error_percent"]) for row in rows if row["spread_percent"] <= 5]
+    busy = sum(row["compute_and_codec_share"] >= 0.4 for row in rows)
+    print(
+        f"{sum(row['within'] for row in rows)} of {len(rows)} points within the larger of 10 % and twice the IQR; "
+        f"{len(quiet)} quiet ones, median error {statistics.median(quiet or [float('nan')]):.1f} %; "
+        f"bytes at most {max(abs(row['bytes_error_percent']) for row in rows):.2f} % off; "
+        f"{busy} points with compute and codec at 40 % of the step or more"
+    )
+    if arguments.record:
+        from results import write
+
+        write("validation", rows)
+
+
+if __name__ == "__main__":
+    main()
