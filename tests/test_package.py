@@ -28,8 +28,10 @@ ALLOWED = {
     "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "simulator": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "version": set(),
-    # All but the hooks.
-    "simulator": {"reduce", "exchange", "wire", "ops", "codecs", "segments", "keys", "transports", "version"},
+    "commands": {"simulator", "layers", "transports"},
+    "cluster": {"simulator"},
+    "cli": {"commands", "cluster", "version"},
+    "__main__": {"cli"},
 }
 
 

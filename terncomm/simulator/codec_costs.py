@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,29 +46,25 @@ FREE = Cost((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 _SIZES = (1 << 16, 1 << 20)
 
 
-def measure(
-    codec: Codec,
-    world_size: int,
-    *,
-    sizes: tuple[int, int] = _SIZES,
-    rounds: int = 5,
-    meet: Callable[[], None] = lambda: None,
-) -> Cost:
-    """Time the path of this machine on buckets of two sizes, and lay a line through both.
+Meet = Callable[[], object]  # called before each round, for ranks that share a machine and must be busy together
 
-    meet: called before each round, for ranks that share a machine and must all be busy at the same time.
-    """
-    small, large = (_once(codec, world_size, numel, rounds, meet) for numel in sizes)
+
+def measure(
+    codec: Codec, world_size: int, *, sizes: tuple[int, int] = _SIZES, rounds: int = 9, meet: Meet = lambda: None
+) -> Cost:
+    """Time the path of this machine on buckets of two sizes, and lay a line through both."""
+    layers = (Segments([numel]) for numel in sizes)
+    small, large = (of_bucket(codec, each, world_size, rounds=rounds, meet=meet) for each in layers)
     slopes = tuple(max(b - a, 0.0) / (sizes[1] - sizes[0]) for a, b in zip(small, large, strict=True))
     fixed = tuple(max(a - slope * sizes[0], 0.0) for a, slope in zip(small, slopes, strict=True))
     return Cost((fixed[0], fixed[1], fixed[2]), (slopes[0], slopes[1], slopes[2]))
 
 
-def _once(
-    codec: Codec, world_size: int, numel: int, rounds: int, meet: Callable[[], None]
+def of_bucket(
+    codec: Codec, layers: Segments, world_size: int, *, rounds: int = 9, meet: Meet = lambda: None
 ) -> tuple[float, float, float]:
-    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-    layers = Segments([numel])
+    """Seconds to encode a bucket with these layers, to add up its codes, to decode."""
+    gradient = torch.randn(layers.extent, generator=torch.Generator().manual_seed(0))
     found = []
     for step in range(rounds + 1):
         flat = gradient.clone()
@@ -80,9 +76,8 @@ def _once(
     return encode, add, decode
 
 
-# Seconds per float32 element that PyTorch takes to turn a bucket into float16 and back.
-def measure_cast(*, numel: int = 1 << 20, rounds: int = 5, meet: Callable[[], None] = lambda: None) -> Cost:
-    """The same for float16, which needs a conversion there and one back."""
+def measure_cast(*, numel: int = 1 << 20, rounds: int = 9, meet: Meet = lambda: None) -> Cost:
+    """The same for float16, which asks for a conversion there and one back."""
     values = torch.randn(numel)
     there, back = [], []
     for _ in range(rounds + 1):
@@ -94,6 +89,3 @@ def measure_cast(*, numel: int = 1 << 20, rounds: int = 5, meet: Callable[[], No
         there.append(middle - begin)
         back.append(time.perf_counter() - middle)
     return Cost((0.0, 0.0, 0.0), (statistics.median(there[1:]) / numel, 0.0, statistics.median(back[1:]) / numel))
-
-
-Costs = Mapping[str, Cost]

@@ -71,6 +71,34 @@ class Network:
         return math.fsum(p.flops for p in self.parameters)
 
 
+def parse_count(text: str) -> int:
+    """Return a number that may end with k, M or G (or B), as 25.6M.
+
+    Raises:
+        ValueError: it is none, or not positive.
+    """
+    units = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1.0)
+    try:
+        count = round(float(number) * unit)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is no number of parameters; wanted one such as 25.6M") from None
+    if count < 1:
+        raise ValueError(f"a number of parameters must be positive, got {text}")
+    return count
+
+
+def of_size(numel: int) -> Network:
+    """A network of so many parameters, as square layers of at most 1024 x 1024 used once per sample."""
+    width = min(1024, max(1, math.isqrt(numel)))
+    whole, rest = divmod(numel, width * width)
+    layers = [Parameter(f"{number}.weight", (width, width), 2.0 * width * width) for number in range(whole)]
+    if rest:
+        layers.append(Parameter(f"{whole}.weight", (1, rest), 2.0 * rest))
+    title = f"{numel / 1e6:g} M parameters"
+    return Network(title.replace(" ", "-"), title, "given by its size alone", 1, tuple(layers), "a sample")
+
+
 def of_module(
     model: nn.Module,
     name: str,

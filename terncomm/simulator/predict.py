@@ -12,10 +12,14 @@ from terncomm.simulator.timeline import DECODE, ENCODE, WIRE, Compute, Stage, St
 
 
 class Load(NamedTuple):
-    """What reducing a bucket asks for: calls of the transport, in order, and elements to encode and decode."""
+    """What reducing a bucket asks for: calls of the transport, in order, and elements to encode and decode.
+
+    cost_s: seconds to encode, to add up, to decode, where they were measured on this bucket.
+    """
 
     calls: tuple[Message, ...]
     elements: int
+    cost_s: tuple[float, float, float] | None = None
 
 
 def load_of(coded: Segments, exact: Segments, reduction: Reduction, world_size: int) -> Load:
@@ -54,7 +58,7 @@ def predict(
 def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost, wire_busy: float) -> list[Stage]:
     """What happens to a bucket, in order: encode, the calls that lead to the sums, add up, their way back, decode."""
     wires = [Stage(WIRE, fabric.seconds(call, world_size), wire_busy) for call in load.calls]
-    encode, add, decode = cost.seconds(load.elements) if load.elements else (0.0, 0.0, 0.0)
+    encode, add, decode = load.cost_s or (cost.seconds(load.elements) if load.elements else (0.0, 0.0, 0.0))
     return [Stage(ENCODE, encode), *wires[:-1], Stage(DECODE, add), *wires[-1:], Stage(DECODE, decode)]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -102,9 +102,7 @@ def simulate(
         with "none" for W = 2, above which gloo adds in another order.
     """
     torch.manual_seed(experiment.seed)
-    if workload is None:
-        options = asdict(experiment.options) | {"seed": experiment.seed}
-        workload = load(experiment.data, Options(**options))
+    workload = workload or make_workload(experiment)
     run = Run(experiment, workload, reduction or reduction_for(experiment.codec))
     history = []
     for point in run.epochs():
@@ -118,6 +116,15 @@ def simulate(
         "parameters": sum(parameter.numel() for parameter in run.workers.parameters),
         "history": history,
     }
+
+
+def make_workload(experiment: Experiment) -> Workload:
+    """Return the data and the network, whose weights are drawn from torch's generator.
+
+    Raises:
+        DataError: the data are not as wanted.
+    """
+    return load(experiment.data, replace(experiment.options, seed=experiment.seed))
 
 
 class Run:
@@ -161,19 +168,22 @@ class Run:
     def _train_epoch(self, epoch: int) -> float:
         for sampler in self._samplers:
             sampler.set_epoch(epoch)
-        batches = []
-        for rank, loader in enumerate(self._loaders):
-            with self.workers.acting_as(rank):
-                batches.append(iter(loader))
+        batches = [self.batches(rank) for rank in range(self.experiment.workers)]
         total, exchanges = 0.0, self.steps // self.experiment.accumulate
         for _ in range(exchanges):
             total += self.workers.step(
-                lambda rank: [*map(self._loss, islice(batches[rank], self.experiment.accumulate))]
+                lambda rank: [*map(self.loss_of, islice(batches[rank], self.experiment.accumulate))]
             )
             self.optimizer.step()
         return total / exchanges
 
-    def _loss(self, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    def batches(self, rank: int) -> Iterator[tuple[Tensor, ...]]:
+        """A worker's batches of the epoch."""
+        with self.workers.acting_as(rank):
+            return iter(self._loaders[rank])
+
+    def loss_of(self, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+        """The forward pass on a batch, to be run."""
         inputs, labels = batch
         return lambda: self.workload.loss(self.workload.network(inputs), labels)
 

@@ -4,6 +4,9 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from terncomm.simulator.workloads.base import DataError, Options, Workload, cosine
 from terncomm.simulator.workloads.cifar10 import cifar10
@@ -27,27 +30,44 @@ def load(name: str, options: Options) -> Workload:
     """
     if name in DATA:
         return DATA[name](options)
-    where, colon, function = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         raise DataError(f"unknown data {name!r}; known: {', '.join(DATA)}, or a function of yours as FILE.py:FUNCTION")
-    path = Path(where)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise DataError(f"{where} is not a file; wanted: FILE.py:FUNCTION")
-        where = path.stem
-    folder = str(path.parent.resolve()) if path.suffix == ".py" else str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        made = getattr(importlib.import_module(where), function)(options)
-    except ImportError as error:
-        raise DataError(f"{name}: {error}") from error
-    except AttributeError as error:
-        raise DataError(f"{name}: {error}; wanted: a function that takes options and returns a Workload") from error
-    finally:
-        sys.path.remove(folder)
+    made = _call(name, options)
     if not isinstance(made, Workload):
         raise DataError(f"{name} returned {type(made).__name__}, wanted terncomm.simulator.Workload")
     return made
+
+
+def module_of(name: str) -> tuple[nn.Module, Any]:
+    """Return the module that a function of the user's returns, and the example input if it returns a pair.
+
+    Raises:
+        DataError: there is no such function, or it returned something else.
+    """
+    made = _call(name)
+    module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, nn.Module):
+        raise DataError(f"{name} returned {type(module).__name__}, wanted an nn.Module, or a pair of it and an input")
+    return module, example
+
+
+def _call(name: str, *arguments: object) -> Any:
+    """Call "module:function" or "file.py:function"; what is beside the file can be imported."""
+    where, _, function = name.rpartition(":")
+    path = Path(where)
+    folder = Path.cwd()
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise DataError(f"{where} is not a file; wanted: FILE.py:FUNCTION")
+        where, folder = path.stem, path.parent.resolve()
+    sys.path.insert(0, str(folder))
+    try:
+        found = getattr(importlib.import_module(where), function)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"{name}: {error}") from error
+    finally:
+        sys.path.remove(str(folder))
+    return found(*arguments)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Data that are not as wanted: one line that says what was wanted, what was found and where to get it."""
 
 
