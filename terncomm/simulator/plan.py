@@ -13,7 +13,7 @@ from terncomm.layers import Layers
 from terncomm.segments import Segments
 from terncomm.simulator.buckets import rebuilt_buckets
 from terncomm.simulator.codec_costs import FREE, Cost
-from terncomm.simulator.fabric import GLOO, Software, Switched
+from terncomm.simulator.fabric import GLOO, Fabric, Software, Switched
 from terncomm.simulator.links import Link
 from terncomm.simulator.networks import Network
 from terncomm.simulator.predict import Load, load_of, predict, sent_bytes
@@ -35,6 +35,7 @@ class Device:
         costs: of each codec's arithmetic.
         cores: for computing and reducing at the same time: 2 where they do not disturb each other.
         source: where the numbers are from.
+        wire_busy: share of a core that sending and receiving takes.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Device:
     costs: Mapping[str, Cost]
     cores: float
     source: str
+    wire_busy: float = 0.0
 
 
 def _linear(fixed_us: tuple[float, float, float], per_element_ns: tuple[float, float, float]) -> Cost:
@@ -100,11 +102,13 @@ class Job:
         if self.compute_s is not None and not (self.compute_s >= 0 and math.isfinite(self.compute_s)):
             raise ValueError(f"the time of computing must not be negative, got {self.compute_s} s")
 
-    def point(self, codec: str, workers: int, fabric: Switched) -> StepTime:
+    def point(self, codec: str, workers: int, fabric: Fabric) -> StepTime:
         """The time of a step."""
         cost = self.device.costs.get(codec.removesuffix("-noclip"), FREE)
         compute, _ = self._laid_out
-        return predict(compute, self._loads(codec, workers), workers, fabric, cost, cores=self.device.cores)
+        loads = self._loads(codec, workers)
+        device = self.device
+        return predict(compute, loads, workers, fabric, cost, cores=device.cores, wire_busy=device.wire_busy)
 
     def sent_bytes(self, codec: str, workers: int) -> int:
         """Bytes that each worker sends in a step."""

@@ -1,0 +1,166 @@
+"""terncomm doctor: is the network my problem, and will a codec help?"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from terncomm.commands.plan import network_of
+from terncomm.simulator import codec_costs, interfaces
+from terncomm.simulator.calibrate import calibrate
+from terncomm.simulator.codec_costs import Cost
+from terncomm.simulator.networks import Network
+from terncomm.simulator.plan import Device, Job, advice
+from terncomm.simulator.reductions import Coded, reduction_for
+from terncomm.simulator.timing import time_module
+from terncomm.simulator.workloads import module_of
+
+CODECS = ("none", "fp16", "int8", "terngrad")
+_JOIN_S = 20
+_EXAMPLE = "torchrun --nproc-per-node 2 -m terncomm doctor --params 25.6M --compute-ms 120"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.usage = _EXAMPLE
+    parser.epilog = "MODE: measured on the group of this job; the step times are predicted from that."
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--params", default="25.6M", help="parameters of the model (default: %(default)s)")
+    what.add_argument("--network", help="a known network, or FILE.py:FUNCTION, which returns a module and an input")
+    parser.add_argument("--compute-ms", type=float, help="forward and backward of one worker, from your own job")
+    parser.add_argument("--bucket-cap-mb", type=float, help="as of DDP")
+    parser.add_argument("--seconds", type=float, default=20.0, help="about how long to measure (default: %(default)s)")
+    parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl with a GPU per rank, else gloo")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, predict, advise; rank 0 prints."""
+    network = network_of(args.network or args.params)
+    if args.compute_ms is not None and args.compute_ms < 0:
+        raise ValueError(f"--compute-ms must not be negative, got {args.compute_ms}")
+    if "RANK" not in os.environ:
+        raise ValueError(f"start this under torchrun, as your job: {_EXAMPLE}")
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if wrong := interfaces.missing(os.environ.get(variable, "")):
+            print(f"terncomm doctor: {variable}={os.environ[variable]}: {wrong}", file=sys.stderr, flush=True)
+            return 1
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    backend = args.backend or ("nccl" if torch.cuda.device_count() >= local_ranks else "gloo")
+    device = torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=_JOIN_S))
+    except (RuntimeError, ValueError) as error:
+        print(f"terncomm doctor: {_unreachable(error)}", file=sys.stderr, flush=True)
+        return 1
+    try:
+        return _examine(args, network, backend, device, local_ranks)
+    except RuntimeError as error:
+        print(f"terncomm doctor: rank {os.environ['RANK']}: {_unreachable(error)}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _unreachable(error: Exception) -> str:
+    known = ", ".join(f"{name} ({address})" for name, address in interfaces.addresses().items() if address)
+    store = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    first = str(error).splitlines()[0]
+    return (
+        f"the ranks do not reach each other (store {store}): {first}. Interfaces here: {known}. If the wrong one is "
+        "used, set GLOO_SOCKET_IFNAME, or NCCL_SOCKET_IFNAME for nccl"
+    )
+
+
+def _examine(args: argparse.Namespace, network: Network, backend: str, device: torch.device, local_ranks: int) -> int:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    began = time.perf_counter()
+
+    def tell(text: str = "") -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    if world_size == 1:
+        tell("terncomm doctor: one rank sends nothing; start at least 2")
+        return 2
+    tell(f"MODE: measured. {world_size} ranks over {backend}; about {args.seconds:.0f} s ...")
+    before = interfaces.sent_bytes()
+    found = calibrate(dist.group.WORLD, budget_s=args.seconds / 2, device=device)
+    name = interfaces.busiest(before, interfaces.sent_bytes())
+    mine = [socket.gethostname(), name, interfaces.addresses().get(name, ""), interfaces.bits_per_s(name)]
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, mine)
+    tell(f"\n{'rank':>4}  {'host':24} {'interface':12} {'address':16} {'says it can do':>14}")
+    for number, (host, interface, address, rate) in enumerate(everyone):
+        told = "-" if rate is None else f"{rate / 1e9:g} Gbit/s"
+        tell(f"{number:4}  {host:24} {interface:12} {address:16} {told:>14}")
+    tell("interface: the one whose counter grew while this was measured")
+    tell(f"\nall-reduce sends {8e-6 * found.bytes_per_s:.0f} Mbit/s per rank; a round of messages takes at least "
+         f"{1e3 * found.round_s:.2f} ms")  # fmt: skip
+
+    costs = _codec_costs(world_size)
+    tell("codecs here: " + ", ".join(
+        f"{codec} {4e-9 / max(sum(cost.per_element_s), 1e-15):.1f} GB/s of gradients" for codec, cost in costs.items()
+    ))  # fmt: skip
+    compute_s, source = _computing(args, network)
+    cores = len(os.sched_getaffinity(0)) / local_ranks
+    machine = Device(name="this", flops_per_s=1e12, costs=costs, cores=cores, source="", wire_busy=found.wire_busy)
+    job = Job(network, 1, machine, compute_s, args.bucket_cap_mb)
+    steps = {codec: job.point(codec, world_size, found.fabric) for codec in CODECS}
+    tell(
+        f"\n{network.title}: {network.numel / 1e6:.1f} M parameters, computing {1e3 * compute_s:.0f} ms a step ({source})"
+    )
+    tell(f"{'codec':10}{'MB sent':>10}{'step':>12}{'computing':>12}{'codec':>10}{'exposed':>12}{'faster':>9}")
+    for codec, step in steps.items():
+        tell(
+            f"{codec:10}{job.sent_bytes(codec, world_size) / 1e6:10.2f}{1e3 * step.step_s:9.1f} ms"
+            f"{1e3 * step.compute_s:9.1f} ms{1e3 * (step.encode_s + step.decode_s):7.1f} ms"
+            f"{1e3 * step.exchange_s:9.1f} ms{steps['none'].step_s / step.step_s:8.2f}x"
+        )
+    _, reason = advice({codec: step.step_s for codec, step in steps.items()})
+    none = steps["none"]
+    waiting = 1 - none.compute_s / none.step_s
+    tell(f"\nWithout a codec {waiting:.0%} of the step is waiting for the network. Verdict: {reason}.")
+    if waiting > 0.3:
+        tell(f"Also free: accumulate gradients (no_sync) over k steps, and the wait is {waiting:.0%} / k per step.")
+    tell(f"({time.perf_counter() - began:.0f} s)")
+    return 0
+
+
+def _codec_costs(world_size: int) -> dict[str, Cost]:
+    found = {"fp16": codec_costs.measure_cast(meet=dist.barrier)}
+    for codec in ("int8", "terngrad"):
+        reduction = reduction_for(codec)
+        assert isinstance(reduction, Coded)
+        found[codec] = codec_costs.measure(reduction.codec, world_size, meet=dist.barrier)
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, json.dumps({k: [c.fixed_s, c.per_element_s] for k, c in found.items()}))
+    slowest: dict[str, Cost] = {}
+    for codec in found:
+        rows = [json.loads(one)[codec] for one in everyone]
+        fixed, each = ([max(column) for column in zip(*part, strict=True)] for part in zip(*rows, strict=True))
+        slowest[codec] = Cost((fixed[0], fixed[1], fixed[2]), (each[0], each[1], each[2]))
+    return slowest
+
+
+def _computing(args: argparse.Namespace, network: Network) -> tuple[float, str]:
+    if args.compute_ms is not None:
+        return args.compute_ms / 1e3, "given"
+    if args.network and ":" in args.network:
+        module, example = module_of(args.network)
+        if example is not None:
+            dist.barrier()
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, time_module(module, example))
+            return max(everyone), "measured here, on the example input"
+    return 0.0, "not given: --compute-ms; what follows is the exchange alone"

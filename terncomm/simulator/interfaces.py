@@ -1,0 +1,60 @@
+"""Network interfaces of this machine: which there are, and which one carries what is sent."""
+
+import fcntl
+import socket
+import struct
+from pathlib import Path
+
+_SIOCGIFADDR = 0x8915
+
+
+def addresses() -> dict[str, str]:
+    """Name -> IPv4 address of every interface, "" for one that has none."""
+    return {name: _address(name) for _, name in socket.if_nameindex()}
+
+
+def _address(name: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        except OSError:
+            return ""
+    return socket.inet_ntoa(answer[20:24])
+
+
+def bits_per_s(name: str) -> float | None:
+    """What the driver says the interface can do; None where it says nothing."""
+    try:
+        megabits = int(Path(f"/sys/class/net/{name}/speed").read_text())
+    except (OSError, ValueError):
+        return None
+    return megabits * 1e6 if megabits > 0 else None
+
+
+def sent_bytes() -> dict[str, int]:
+    """Name -> bytes sent since it is up."""
+    found = {}
+    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
+        name, _, numbers = line.partition(":")
+        found[name.strip()] = int(numbers.split()[8])
+    return found
+
+
+def busiest(before: dict[str, int], after: dict[str, int]) -> str:
+    """The interface that sent most between two readings of :func:`sent_bytes`."""
+    return max(after, key=lambda name: after[name] - before.get(name, 0))
+
+
+def missing(value: str) -> str | None:
+    """What is wrong with a value of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; None if nothing is.
+
+    >>> missing("lo") is None
+    True
+    """
+    there = addresses()
+    for name in filter(None, value.lstrip("^=").split(",")):
+        exact = value.startswith("=") or name in there
+        if not value.startswith("^") and not exact and not any(known.startswith(name) for known in there):
+            known = ", ".join(f"{known} ({address or 'no address'})" for known, address in there.items())
+            return f"there is no interface {name}; there are: {known}"
+    return None
