@@ -117,9 +117,7 @@ def _examine(args: argparse.Namespace, network: Network, backend: str, device: t
     machine = Device(name="this", flops_per_s=1e12, costs=costs, cores=cores, source="", wire_busy=found.wire_busy)
     job = Job(network, 1, machine, compute_s, args.bucket_cap_mb)
     steps = {codec: job.point(codec, world_size, found.fabric) for codec in CODECS}
-    tell(
-        f"\n{network.title}: {network.numel / 1e6:.1f} M parameters, computing {1e3 * compute_s:.0f} ms a step ({source})"
-    )
+    tell(f"\n{network.title}: {network.numel / 1e6:.1f} M parameters; computing {1e3 * compute_s:.0f} ms ({source})")
     tell(f"{'codec':10}{'MB sent':>10}{'step':>12}{'computing':>12}{'codec':>10}{'exposed':>12}{'faster':>9}")
     for codec, step in steps.items():
         tell(

@@ -1,1 +1,29 @@
-"""What a codec costs in accuracy and saves in bytes and time, on links and worlds that are not there."""
+"""What a codec costs in accuracy and saves in bytes and time, on links and worlds that are not there.
+
+* `simulate(Experiment(...))`: real training with W virtual workers, by the hook's own code; bytes are counted, time on
+  links is predicted.
+* `plan(Job(...), ...)`: no training: the layers of known networks, in DDP's buckets, overlapped with computation.
+
+Both give records: plain dicts, which `terncomm plot` draws.
+"""
+
+from terncomm.simulator.links import PRESETS, Link
+from terncomm.simulator.networks import NETWORKS, Network
+from terncomm.simulator.plan import DEVICES, Device, Job, plan
+from terncomm.simulator.simulate import Experiment, simulate
+from terncomm.simulator.workloads import Options, Workload
+
+__all__ = [
+    "DEVICES",
+    "NETWORKS",
+    "PRESETS",
+    "Device",
+    "Experiment",
+    "Job",
+    "Link",
+    "Network",
+    "Options",
+    "Workload",
+    "plan",
+    "simulate",
+]

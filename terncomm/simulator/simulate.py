@@ -1,6 +1,7 @@
 """Training with W virtual workers: loss and accuracy against steps and against bytes that were really counted."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -91,7 +92,8 @@ def simulate(
         A record, plain words and numbers: mode, config (what was asked for), used (what the data filled in),
         provenance, parameters, history. A point of the history has
         epoch, step (micro-steps), train_loss, test_loss, test_accuracy (None where there is none) and sent_bytes, what
-        each worker has sent since the start, as its transport counted. Numbers that are not finite are None.
+        each worker has sent since the start, as its transport counted, and gradient_error, the mean of |error|^2 /
+        |exact mean|^2 of the averaged gradients in the epoch (of the first and every tenth). Numbers that are not finite are None.
 
     Raises:
         DataError: the data are not as wanted.
@@ -170,6 +172,7 @@ class Run:
             sampler.set_epoch(epoch)
         batches = [self.batches(rank) for rank in range(self.experiment.workers)]
         total, exchanges = 0.0, self.steps // self.experiment.accumulate
+        self.workers.errors.clear()
         for _ in range(exchanges):
             total += self.workers.step(
                 lambda rank: [*map(self.loss_of, islice(batches[rank], self.experiment.accumulate))]
@@ -206,6 +209,7 @@ class Run:
             "test_loss": _finite(loss / count),
             "test_accuracy": correct / count if workload.accuracy else None,
             "sent_bytes": self.workers.sent_bytes,
+            "gradient_error": _finite(statistics.fmean(self.workers.errors or [math.nan])),
         }
 
 
