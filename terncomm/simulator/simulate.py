@@ -91,9 +91,10 @@ def simulate(
     Returns:
         A record, plain words and numbers: mode, config (what was asked for), used (what the data filled in),
         provenance, parameters, history. A point of the history has
-        epoch, step (micro-steps), train_loss, test_loss, test_accuracy (None where there is none) and sent_bytes, what
-        each worker has sent since the start, as its transport counted, and gradient_error, the mean of |error|^2 /
-        |exact mean|^2 of the averaged gradients in the epoch (of the first and every tenth). Numbers that are not finite are None.
+        epoch, step (micro-steps), train_loss, test_loss, test_accuracy (None where there is none), sent_bytes, what
+        each worker has sent since the start, as its transport counted, and gradient_error: |error|^2 / |exact mean|^2
+        of averaged gradients, the mean over layers that are coded and over the epoch's first and every tenth exchange.
+        Numbers that are not finite are None.
 
     Raises:
         DataError: the data are not as wanted.

@@ -76,7 +76,7 @@ class VirtualWorkers:
         self.buckets = self._lay_out(first_buckets(self.parameters))
         self.sent_bytes = 0  # per worker, since the start
         self.exchanges = 0
-        self.errors: list[float] = []  # |error|^2 / |exact mean|^2 of every _SAMPLED-th mean gradient, and of the first
+        self.errors: list[float] = []  # of every _SAMPLED-th averaged gradient, and of the first
         self._seed = seed
         self._cap_mb = bucket_cap_mb
         self._warmup_steps = warmup_steps
@@ -170,8 +170,7 @@ class VirtualWorkers:
         wanted = self._gradients.mean(dim=0) if self.exchanges % _SAMPLED == 0 or not self.errors else None
         self.sent_bytes += max(LocalTransport.run(self.workers, work, timeout_s=None, in_turn=True))
         if wanted is not None:
-            error = (self._gradients[0] - wanted).square().sum() / wanted.square().sum()
-            self.errors.append(float(error))
+            self.errors.append(self._error(wanted))
         self.exchanges += 1
         for bucket in self.buckets:
             place = bucket.begin
@@ -182,6 +181,16 @@ class VirtualWorkers:
         if self.exchanges == 1:
             silent = [p for p in self.parameters if not any(p is seen for seen in self._ready)]
             self.buckets = self._lay_out(rebuilt_buckets([*self._ready, *silent], self._cap_mb))
+
+    def _error(self, wanted: Tensor) -> float:
+        """|error|^2 / |exact mean|^2, the mean over the layers that may be coded."""
+        found = []
+        for bucket in self.buckets:
+            for offset, size in zip(bucket.coded.offsets.tolist(), bucket.coded.lengths.tolist(), strict=True):
+                place = slice(bucket.begin + offset, bucket.begin + offset + size)
+                error, power = (self._gradients[0, place] - wanted[place]).square().sum(), wanted[place].square().sum()
+                found.append(float(error / power))
+        return sum(found) / len(found) if found else 0.0
 
 
 def _on_gradient(parameter: Tensor, note: Callable[[Tensor], None]) -> Any:
