@@ -26,6 +26,7 @@ ALLOWED = {
     "reduce": {"exchange", "ops", "codecs.base", "segments", "keys", "transports.base"},
     "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "transports", "version"},
     "version": set(),
+    "cluster": {"simulator", "version"},
 }
 
 
