@@ -55,7 +55,7 @@ def environment(rank: int, ranks: int, per_node: int, port: int) -> dict[str, st
     """What torchrun tells a worker, and by which interface backends are to speak.
 
     gloo, tensorpipe and NCCL take the namespace's interface. NCCL's ways around the network (peer to peer, shared
-    memory) are switched off. One thread for OpenMP, as torchrun sets it, and output without delay, unless set already.
+    memory) are switched off. OpenMP has one thread, as under torchrun, unless OMP_NUM_THREADS is set.
     """
     nodes = ranks // per_node
     told = {
@@ -76,7 +76,6 @@ def environment(rank: int, ranks: int, per_node: int, port: int) -> dict[str, st
         "NCCL_P2P_DISABLE": 1,
         "NCCL_SHM_DISABLE": 1,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
     }
     return {name: str(value) for name, value in told.items()}
 

@@ -139,7 +139,9 @@ def _start_switch(where: Namespace, ports: int, link: Link, jitter_s: float, los
     with ExitStack() as stack:
         try:
             with where.inside():
-                sockets = [stack.enter_context(userspace.port(f"s{index}", _queue_bytes(link))) for index in range(ports)]
+                sockets = [
+                    stack.enter_context(userspace.port(f"s{index}", _queue_bytes(link))) for index in range(ports)
+                ]
         except OSError as error:
             raise NotPermitted(f"no packet sockets for the user-space link: {error}") from None
         descriptors = [made.fileno() for made in sockets]

@@ -19,6 +19,7 @@ WARM_S = 0.25
 WARM_BITS = 5e6  # at low rates; at most 3 * WARM_S of it
 WARM_ROUND_TRIPS = 10  # TCP doubles what it sends in each
 PINGS_S = 0.4
+SETTLE_S = 2.0  # at most
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def probe(nodes: list[Namespace], link: Link) -> Probe:
         flows = [_connect(stack, nodes, index % count, (index + 1) % count) for index in range(FLOWS * count)]
         delay_s = _round_trip_s(*flows[0]) / 2
         warm_s = WARM_S + min(WARM_BITS / link.bits_per_s, 3 * WARM_S) + WARM_ROUND_TRIPS * 2 * link.delay_s
-        return Probe(_slowest_bits_per_s(flows, count, warm_s), delay_s)
+        bits_per_s = _slowest_bits_per_s(flows, count, warm_s)
+    _settle(nodes, link.delay_s)
+    return Probe(bits_per_s, delay_s)
 
 
 def _connect(stack: ExitStack, nodes: list[Namespace], source: int, target: int) -> tuple[socket.socket, socket.socket]:
@@ -63,6 +66,15 @@ def _connect(stack: ExitStack, nodes: list[Namespace], source: int, target: int)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # what is not sent is dropped
     return sender, receiver
+
+
+def _settle(nodes: list[Namespace], delay_s: float) -> None:
+    """Wait for what is still on its way, so that it is not taken for a job's."""
+    deadline = time.monotonic() + SETTLE_S + 4 * delay_s
+    seen, before = [node.traffic() for node in nodes], None
+    while seen != before and time.monotonic() < deadline:
+        time.sleep(0.03 + 2 * delay_s)
+        seen, before = [node.traffic() for node in nodes], seen
 
 
 def _round_trip_s(sender: socket.socket, receiver: socket.socket) -> float:
