@@ -1,6 +1,7 @@
 """What the command line asks for, checked before anything is made."""
 
 import argparse
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -50,8 +51,8 @@ def asked(args: argparse.Namespace) -> Asked:
         raise ValueError(f"--ranks must be 1 or more, got {args.ranks}")
     if args.ranks_per_node < 1 or args.ranks % args.ranks_per_node:
         raise ValueError(f"--ranks-per-node must divide --ranks {args.ranks}, got {args.ranks_per_node}")
-    if args.timeout is not None and not args.timeout > 0:
-        raise ValueError(f"--timeout must be positive, got {args.timeout:g}")
+    if args.timeout is not None and not 0 < args.timeout < math.inf:
+        raise ValueError(f"--timeout must be positive and finite, got {args.timeout:g}")
     link = _link(args)
     jitter_s = _option("--jitter", parse_time, args.jitter) if args.jitter else 0.0
     if jitter_s > link.delay_s:

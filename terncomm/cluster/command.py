@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command; what follows them, after `--`, is the command to run."""
     parser.add_argument("--ranks", type=int, required=True, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="ranks that share a link (1)")
-    parser.add_argument("--link", help=f"{', '.join(PRESETS)}, or RATE/DELAY; none: no limit")
+    parser.add_argument("--link", help=f"{', '.join(PRESETS)}, or RATE/DELAY; no limit without it and --rate")
     parser.add_argument("--rate", help="of every link, in each direction, as 100mbit")
     parser.add_argument("--delay", help="one way, from host to host, as 1ms")
     parser.add_argument("--jitter", help="each frame's delay varies by up to this either way, as 200us")
@@ -55,8 +55,8 @@ def main(args: argparse.Namespace) -> int:
         say(str(error))
         return 2
     try:
-        _may_make_namespaces()
         with Interrupts() as interrupts, ExitStack() as stack:
+            _may_make_namespaces()
             return _run(wanted, interrupts, stack)
     except NotPermitted as error:
         say(f"{error}; {INSTEAD}")

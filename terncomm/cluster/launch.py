@@ -214,7 +214,7 @@ class _Pipe:
 
     def finish(self) -> None:
         """Pass on what is left, whether or not another process still holds the pipe open."""
-        with suppress(BlockingIOError):
+        with suppress(BlockingIOError, BrokenPipeError):
             while self.copy():
                 pass
         if self.rest:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from terncomm.cluster.asked import Asked
 from terncomm.cluster.launch import say
+from terncomm.cluster.namespaces import NotPermitted
 from terncomm.cluster.network import Network
 from terncomm.cluster.probe import Probe, probe
 from terncomm.simulator.links import Link
@@ -42,7 +43,10 @@ def verify(network: Network, asked: Asked) -> Verified | None:
         say(f"{where}; one host, so no link is used")
         return Verified(config, None)
     for _ in range(ATTEMPTS):
-        found = probe(network.nodes, link)
+        try:
+            found = probe(network.nodes, link)
+        except OSError as error:
+            raise NotPermitted(f"{network.how}: one host does not reach the next: {error}") from None
         if fits(found, link, asked.jitter_s, asked.loss):
             break
     else:
