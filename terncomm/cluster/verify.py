@@ -10,7 +10,7 @@ from terncomm.cluster.network import Network
 from terncomm.cluster.probe import Probe, probe
 from terncomm.simulator.links import Link
 
-ATTEMPTS = 2  # other work on the machine may disturb one
+ATTEMPTS = 3  # other work on the machine may disturb one
 LEAST_RATE, MOST_RATE = 0.85, 1.15  # of the asked payload
 DELAY_SHARE, DELAY_S = 0.2, 0.2e-3  # a delay may be off by their sum
 
