@@ -6,6 +6,9 @@ left to do (up to 64 KB), so a system call moves what would be 45 packets. Betwe
 with jitter too: one that would overtake waits for the one before it. Where a port's queue is full, its frames wait
 here and none is dropped. It ends when its standard input closes, that is when whoever started it ends, however.
 
+On a machine of two cores (EPYC, 2026-11) four ports carried 1 Gbit/s each, two ports 2 Gbit/s each; delays of 0.2 to
+1 ms were 0.06 ms longer than asked, of 10 and 25 ms 0.2 ms longer, TCP's own time included.
+
 Nothing but the standard library is imported: the process starts in a moment.
 """
 
@@ -63,7 +66,8 @@ def switch(ports: list[socket.socket], lifeline: int, delay_s: float, jitter_s: 
     delay_s: of every frame, changed by up to `jitter_s` either way, evenly.
     loss: probability that a frame is lost.
     """
-    now, push, pop, draw, stamp = time.time, heapq.heappush, heapq.heappop, random.random, struct.Struct("qq").unpack
+    now, wall, push, pop, draw = time.monotonic, time.time, heapq.heappush, heapq.heappop, random.random
+    stamp = struct.Struct("qq").unpack  # timespec
     count = len(ports)
     of_descriptor = {made.fileno(): index for index, made in enumerate(ports)}
     receive = [made.recvmsg for made in ports]
@@ -74,6 +78,7 @@ def switch(ports: list[socket.socket], lifeline: int, delay_s: float, jitter_s: 
     last = [[0.0] * count for _ in ports]  # due time of the last frame between two ports
     serial = 0
     late_s = 50e-6
+    shift_s = now() - wall()  # stamps are of the wall clock, which may be set
     watched = [lifeline, *of_descriptor]
     while True:
         full = [ports[index] for index in range(count) if waiting[index]]
@@ -89,6 +94,9 @@ def switch(ports: list[socket.socket], lifeline: int, delay_s: float, jitter_s: 
                 while queue:
                     send[index](queue[0])
                     queue.popleft()
+        begin, read = now(), wall()
+        if now() - begin < 50e-6:  # not preempted in between
+            shift_s = begin - read
         for descriptor in readable:
             if descriptor == lifeline:
                 return
@@ -100,14 +108,12 @@ def switch(ports: list[socket.socket], lifeline: int, delay_s: float, jitter_s: 
                     if loss and draw() < loss:
                         continue
                     seconds, nanoseconds = stamp(ancillary[0][2])
-                    when = seconds + 1e-9 * nanoseconds + delay_s
+                    when = min(seconds + 1e-9 * nanoseconds + shift_s, now()) + delay_s
                     target = frame[14] << 8 | frame[15]
                     known = frame[10] == 2 and target < count
                     for index in (target,) if known else others[source]:
-                        moment = when
-                        if jitter_s:
-                            moment = max(when + jitter_s * (2 * draw() - 1), last[source][index])
-                            last[source][index] = moment
+                        varied = when + jitter_s * (2 * draw() - 1) if jitter_s else when
+                        moment = last[source][index] = max(varied, last[source][index])
                         serial += 1
                         push(due, (moment, serial, index, frame))
         time_now = now()
