@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 
-from namespaces import INTERFACE, NotPermitted, address, namespaces, sent_bytes
+from terncomm.cluster.namespaces import INTERFACE, NotPermitted, address, traffic
+from terncomm.cluster.network import FREE, network
+from terncomm.simulator.links import Link
 
 CODECS = ("none", "fp16", "int8", "terngrad")
 
@@ -45,13 +47,13 @@ def rank_main(arguments: argparse.Namespace) -> None:
         times, before = [], 0
         for step in range(arguments.steps + 2):
             if step == 2:
-                before = sent_bytes()
+                before = traffic()[0]
             dist.barrier()
             begin = time.perf_counter()
             model(inputs).square().mean().backward()
             times.append(time.perf_counter() - begin)
             model.zero_grad()
-        sent = (sent_bytes() - before) / arguments.steps
+        sent = (traffic()[0] - before) / arguments.steps
         if dist.get_rank() == 0:
             parameters = sum(p.numel() for p in model.parameters())
             row = {"codec": codec, "parameters": parameters, "bytes_per_step": round(sent), "times": times[2:]}
@@ -66,17 +68,18 @@ def measure(rate: str, arguments: argparse.Namespace) -> list[dict[str, object]]
     """Rows of all codecs on links of `rate`."""
     children = []
     try:
-        with namespaces(arguments.ranks, None if rate == "none" else rate) as names:
+        with network(arguments.ranks, FREE if rate == "none" else Link.parse(rate)) as net:
             try:
-                for rank, name in enumerate(names):
+                for rank, node in enumerate(net.nodes):
                     env = os.environ | {
                         "RANK": str(rank), "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": address(0),
                         "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1",
                     }  # fmt: skip
-                    command = ["ip", "netns", "exec", name, sys.executable, __file__, "--rank-of", rate]
+                    command = [sys.executable, __file__, "--rank-of", rate]
                     command += ["--steps", str(arguments.steps), "--layers", str(arguments.layers)]
                     out = subprocess.PIPE if rank == 0 else None
-                    children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
+                    with node.inside():
+                        children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
                 out, _ = children[0].communicate(timeout=600)
                 if any(child.wait(timeout=60) for child in children):
                     raise SystemExit(f"bandwidth.py: a rank failed at {rate}, see above")

@@ -18,7 +18,9 @@ import subprocess
 import sys
 import time
 
-from namespaces import INTERFACE, NotPermitted, address, namespaces, sent_bytes
+from terncomm.cluster.namespaces import INTERFACE, NotPermitted, address, traffic
+from terncomm.cluster.network import network as limited
+from terncomm.simulator.links import Link
 
 CODECS = ("none", "fp16", "int8", "terngrad")
 # Layers, width, samples: little to compute and much to send; much to compute; many small layers in several buckets.
@@ -136,9 +138,9 @@ def measure(name, codec, calibration, cost):
     elif codec != "none":
         terncomm.register(model, codec, exempt=())
     steps(model, 1)
-    before = sent_bytes()
+    before = traffic()[0]
     measured = steps(model, STEPS)[:, 1].tolist()
-    sent = (sent_bytes() - before) / (STEPS + 2)
+    sent = (traffic()[0] - before) / (STEPS + 2)
     low, middle, high = statistics.quantiles(measured, n=4)
     dist.barrier()
     return {
@@ -161,16 +163,17 @@ def measure(name, codec, calibration, cost):
 def run(rate, ranks, names):
     """The points of these jobs on links of this rate."""
     children = []
-    with namespaces(ranks, rate) as places:
+    with limited(ranks, Link.parse(rate)) as net:
         try:
-            for rank, place in enumerate(places):
+            for rank, node in enumerate(net.nodes):
                 env = os.environ | {
                     "RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": address(0),
                     "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1",
                 }  # fmt: skip
-                command = ["ip", "netns", "exec", place, sys.executable, __file__, "--rank-of", *names]
+                command = [sys.executable, __file__, "--rank-of", *names]
                 out = subprocess.PIPE if rank == 0 else None
-                children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
+                with node.inside():
+                    children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
             for line in children[0].stdout:
                 yield {"link": rate, **json.loads(line)}
             if any(child.wait(timeout=60) for child in children):

@@ -3,7 +3,6 @@
 A server process that has imported torch and the kernels forks the ranks, so a job starts in a moment.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import namespaces
+from terncomm.cluster import namespaces
 
 
 class Ended(NamedTuple):
@@ -39,7 +38,7 @@ def run_job(
 ) -> list[Ended]:
     """`target(*args)` on every rank of a gloo world; rank 0 serves the store. Fails if a rank outlives `limit_s`.
 
-    names: network namespaces, one per rank, to run in.
+    names: paths of network namespaces, one per rank, to run in.
     stopped: a rank that stops itself, which is not waited for.
     """
     context = multiprocessing.get_context("forkserver")
@@ -84,13 +83,6 @@ def run_job(
     ]
 
 
-def _enter(name):
-    """Move this process to a network namespace."""
-    with open(f"/var/run/netns/{name}") as namespace:
-        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
-            raise OSError(ctypes.get_errno(), f"setns to {name}")
-
-
 def _rank(rank, world_size, port, timeout_s, log, target, args, names):
     import faulthandler
 
@@ -105,7 +97,7 @@ def _rank(rank, world_size, port, timeout_s, log, target, args, names):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if names:
-        _enter(names[rank])
+        namespaces.enter(names[rank])
         os.environ["GLOO_SOCKET_IFNAME"] = namespaces.INTERFACE
     master = namespaces.address(0) if names else "127.0.0.1"
     os.environ |= {"MASTER_ADDR": master, "MASTER_PORT": str(port), "RANK": str(rank)}

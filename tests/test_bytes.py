@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import run_job
-from namespaces import NotPermitted, namespaces, sent_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
+from terncomm.cluster.namespaces import NotPermitted, traffic
+from terncomm.cluster.network import network
 
 pytestmark = [pytest.mark.conformance, pytest.mark.root]
 CODECS = ("terngrad", "int8", "exact")
@@ -21,8 +22,8 @@ def count(path):
     """Interface and counted bytes of LONG steps less those of SHORT ones, by codec."""
     told = {}
     for codec in CODECS:
-        network = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 1024), nn.Linear(1024, 8))
-        model = DistributedDataParallel(network)
+        layers = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 1024), nn.Linear(1024, 8))
+        model = DistributedDataParallel(layers)
         state = terncomm.register(model, "terngrad" if codec == "exact" else codec)
         if codec == "exact":
             state.disable()
@@ -30,11 +31,11 @@ def count(path):
         seen = []
         for steps in (3, SHORT, LONG):  # the first three are not looked at
             dist.barrier()
-            before = sent_bytes(), state.stats()["wire_bytes"]
+            before = traffic()[0], state.stats()["wire_bytes"]
             for _ in range(steps):
                 model(inputs).square().mean().backward()
             dist.barrier()
-            seen.append((sent_bytes() - before[0], state.stats()["wire_bytes"] - before[1]))
+            seen.append((traffic()[0] - before[0], state.stats()["wire_bytes"] - before[1]))
         (_, (interface, counted), (interface_long, counted_long)) = seen
         told[codec] = interface_long - interface, counted_long - counted
     (path / f"bytes-{dist.get_rank()}.json").write_text(json.dumps(told))
@@ -43,7 +44,8 @@ def count(path):
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_interface_and_count_agree_within_3_percent(tmp_path, world_size):
     try:
-        with namespaces(world_size) as names:
+        with network(world_size) as net:
+            names = [node.path for node in net.nodes]
             job = run_job(world_size, count, tmp_path, directory=tmp_path, timeout_s=60, limit_s=120, names=names)
     except NotPermitted as error:
         pytest.skip(f"no network namespaces here: {error}")

@@ -29,7 +29,7 @@ ALLOWED = {
     "simulator": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "version": set(),
     "commands": {"simulator", "layers", "transports"},
-    "cluster": {"simulator"},
+    "cluster": {"simulator", "version"},
     "cli": {"commands", "cluster", "version"},
     "__main__": {"cli"},
 }
