@@ -26,7 +26,7 @@ CODECS = ("none", "fp16", "int8", "terngrad")
 # Layers, width, samples: little to compute and much to send; much to compute; many small layers in several buckets.
 JOBS = {"light": (5, 1024, 2), "heavy": (5, 1024, 384), "deep": (24, 320, 320)}
 BUCKET_CAP_MB = 8
-STEPS = 7
+STEPS = 11
 
 
 def network(job):
@@ -54,10 +54,11 @@ def rank_main(names: list[str]) -> None:
     calibration = calibrate(
         dist.group.WORLD, tell=lambda line: print(line, file=sys.stderr) if dist.get_rank() == 0 else None
     )
+    together = codec_costs.Together()
     sizes = (3 << 15, 3 << 19)
-    costs = {"none": FREE, "fp16": codec_costs.measure_cast(numel=sizes[1], meet=dist.barrier)}
+    costs = {"none": FREE, "fp16": codec_costs.measure_cast(numel=sizes[1], who=together)}
     for codec in ("int8", "terngrad"):
-        costs[codec] = codec_costs.measure(codec_for(codec), world_size, sizes=sizes, meet=dist.barrier)
+        costs[codec] = codec_costs.measure(codec_for(codec), world_size, sizes=sizes, who=together)
     if dist.get_rank() == 0:
         print(calibration, costs, file=sys.stderr)
     for name in names:

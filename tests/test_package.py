@@ -28,7 +28,7 @@ ALLOWED = {
     "hooks": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "simulator": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "version": set(),
-    "commands": {"simulator", "layers", "transports"},
+    "commands": {"simulator", "codecs", "layers", "transports"},
     "cluster": {"simulator", "version"},
     "cli": {"commands", "cluster", "version"},
     "__main__": {"cli"},

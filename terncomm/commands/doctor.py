@@ -1,7 +1,6 @@
 """terncomm doctor: is the network my problem, and will a codec help?"""
 
 import argparse
-import json
 import os
 import socket
 import sys
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from terncomm.codecs import codec_for
 from terncomm.commands.plan import network_of
 from terncomm.simulator import codec_costs, interfaces
 from terncomm.simulator.calibrate import calibrate
 from terncomm.simulator.codec_costs import Cost
 from terncomm.simulator.networks import Network
 from terncomm.simulator.plan import Device, Job, advice
-from terncomm.simulator.reductions import Coded, reduction_for
 from terncomm.simulator.timing import time_module
 from terncomm.simulator.workloads import module_of
 
@@ -136,19 +135,11 @@ def _examine(args: argparse.Namespace, network: Network, backend: str, device: t
 
 
 def _codec_costs(world_size: int) -> dict[str, Cost]:
-    found = {"fp16": codec_costs.measure_cast(meet=dist.barrier)}
+    together = codec_costs.Together()
+    found = {"fp16": codec_costs.measure_cast(who=together)}
     for codec in ("int8", "terngrad"):
-        reduction = reduction_for(codec)
-        assert isinstance(reduction, Coded)
-        found[codec] = codec_costs.measure(reduction.codec, world_size, meet=dist.barrier)
-    everyone: list[Any] = [None] * world_size
-    dist.all_gather_object(everyone, json.dumps({k: [c.fixed_s, c.per_element_s] for k, c in found.items()}))
-    slowest: dict[str, Cost] = {}
-    for codec in found:
-        rows = [json.loads(one)[codec] for one in everyone]
-        fixed, each = ([max(column) for column in zip(*part, strict=True)] for part in zip(*rows, strict=True))
-        slowest[codec] = Cost((fixed[0], fixed[1], fixed[2]), (each[0], each[1], each[2]))
-    return slowest
+        found[codec] = codec_costs.measure(codec_for(codec), world_size, who=together)
+    return found
 
 
 def _computing(args: argparse.Namespace, network: Network) -> tuple[float, str]:

@@ -2,10 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from terncomm.codecs import Codec
 from terncomm.keys import Key
@@ -46,46 +47,73 @@ FREE = Cost((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 _SIZES = (1 << 16, 1 << 20)
 
 
-Meet = Callable[[], object]  # called before each round, for ranks that share a machine and must be busy together
+class Alone:
+    """A process that is timed by itself."""
+
+    def meet(self) -> None:
+        """Begin at once."""
+
+    def slowest(self, seconds: list[list[float]]) -> list[list[float]]:
+        """Its own times."""
+        return seconds
 
 
-def measure(
-    codec: Codec, world_size: int, *, sizes: tuple[int, int] = _SIZES, rounds: int = 9, meet: Meet = lambda: None
-) -> Cost:
+class Together:
+    """Ranks that are timed at the same time, as they work: they may share cores and memory."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    def meet(self) -> None:
+        """Begin when all are here."""
+        dist.barrier(self._group)
+
+    def slowest(self, seconds: list[list[float]]) -> list[list[float]]:
+        """Of each time, the longest of all ranks."""
+        times = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(times, dist.ReduceOp.MAX, group=self._group)
+        found: list[list[float]] = times.tolist()
+        return found
+
+
+Who = Alone | Together
+_ALONE = Alone()
+_ROUNDS = 11
+
+
+def measure(codec: Codec, world_size: int, *, sizes: tuple[int, int] = _SIZES, who: Who = _ALONE) -> Cost:
     """Time the path of this machine on buckets of two sizes, and lay a line through both."""
     layers = (Segments([numel]) for numel in sizes)
-    small, large = (of_bucket(codec, each, world_size, rounds=rounds, meet=meet) for each in layers)
+    small, large = (of_bucket(codec, each, world_size, who=who) for each in layers)
     slopes = tuple(max(b - a, 0.0) / (sizes[1] - sizes[0]) for a, b in zip(small, large, strict=True))
     fixed = tuple(max(a - slope * sizes[0], 0.0) for a, slope in zip(small, slopes, strict=True))
     return Cost((fixed[0], fixed[1], fixed[2]), (slopes[0], slopes[1], slopes[2]))
 
 
-def of_bucket(
-    codec: Codec, layers: Segments, world_size: int, *, rounds: int = 9, meet: Meet = lambda: None
-) -> tuple[float, float, float]:
+def of_bucket(codec: Codec, layers: Segments, world_size: int, *, who: Who = _ALONE) -> tuple[float, float, float]:
     """Seconds to encode a bucket with these layers, to add up its codes, to decode."""
     gradient = torch.randn(layers.extent, generator=torch.Generator().manual_seed(0))
     found = []
-    for step in range(rounds + 1):
+    for step in range(_ROUNDS + 1):
         flat = gradient.clone()
         clock = Clock()
-        meet()
+        who.meet()
         all_reduce_mean(flat, layers, codec, Echo(world_size), key=Key(0, step), clock=clock)
-        found.append((clock.encode_s, clock.exchange_s, clock.decode_s))
-    encode, add, decode = (statistics.median(times) for times in zip(*found[1:], strict=True))
+        found.append([clock.encode_s, clock.exchange_s, clock.decode_s])
+    encode, add, decode = (statistics.median(times) for times in zip(*who.slowest(found)[1:], strict=True))
     return encode, add, decode
 
 
-def measure_cast(*, numel: int = 1 << 20, rounds: int = 9, meet: Meet = lambda: None) -> Cost:
+def measure_cast(*, numel: int = 1 << 20, who: Who = _ALONE) -> Cost:
     """The same for float16, which asks for a conversion there and one back."""
     values = torch.randn(numel)
-    there, back = [], []
-    for _ in range(rounds + 1):
-        meet()
-        begin = time.perf_counter()
+    found = []
+    for _ in range(_ROUNDS + 1):
+        who.meet()
+        began = time.perf_counter()
         half = values.to(torch.float16).div_(2)
         middle = time.perf_counter()
         values.copy_(half)
-        there.append(middle - begin)
-        back.append(time.perf_counter() - middle)
-    return Cost((0.0, 0.0, 0.0), (statistics.median(there[1:]) / numel, 0.0, statistics.median(back[1:]) / numel))
+        found.append([middle - began, time.perf_counter() - middle])
+    there, back = (statistics.median(times) / numel for times in zip(*who.slowest(found)[1:], strict=True))
+    return Cost((0.0, 0.0, 0.0), (there, 0.0, back))

@@ -93,9 +93,9 @@ def _profile(experiment: Experiment) -> Profile:
         coded, exact = bucket.layers()
         load = load_of(coded, exact, reduction, experiment.workers)
         if isinstance(reduction, Coded) and coded.numel and experiment.workers > 1:
-            cost_s = codec_costs.of_bucket(reduction.codec, coded, experiment.workers, rounds=_ROUNDS)
+            cost_s = codec_costs.of_bucket(reduction.codec, coded, experiment.workers)
         elif experiment.codec == "fp16":
-            cost_s = codec_costs.measure_cast(numel=bucket.end - bucket.begin, rounds=_ROUNDS).seconds(load.elements)
+            cost_s = codec_costs.measure_cast(numel=bucket.end - bucket.begin).seconds(load.elements)
         else:
             cost_s = (0.0, 0.0, 0.0)
         loads.append(load._replace(cost_s=cost_s))
