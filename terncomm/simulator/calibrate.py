@@ -13,7 +13,7 @@ import torch.distributed as dist
 from terncomm.simulator.fabric import KINDS, Measured
 from terncomm.transports.process_group import AT_ONCE, ProcessGroupTransport
 
-SIZES = (1 << 10, 12 << 10, 96 << 10, 480 << 10, 2400 << 10)  # bytes that a rank sends in a call
+SIZES = (1 << 10, 24 << 10, 120 << 10, 600 << 10, 2400 << 10, 7 << 20)  # bytes that a rank sends in a call
 _CPU = torch.device("cpu")
 _ENOUGH = 1 << 20  # bytes that a measurement sends at least: more than a token bucket lets through at once
 _ROUNDS = 5

@@ -100,8 +100,8 @@ class Switched:
 class Measured:
     """What a group of workers was measured to take, for the world size that it has.
 
-    points: for each of KINDS, (nbytes of a message to one other rank, seconds), ascending. Between points and beyond
-        the last the line through the nearest two holds: an alpha and a beta for each range of sizes.
+    points: for each of KINDS, (nbytes of a message to one other rank, seconds), ascending. Between two points the line
+        through them holds, an alpha and a beta for each range of sizes; beyond the last, its rate.
     """
 
     world_size: int
@@ -114,6 +114,8 @@ class Measured:
         if message.nbytes == 0:
             return 0.0
         points = self.points[kind_of(message)]
+        if message.nbytes > points[-1][0]:
+            return points[-1][1] * message.nbytes / points[-1][0]
         place = min(max(bisect.bisect([n for n, _ in points], message.nbytes), 1), len(points) - 1)
         (n0, t0), (n1, t1) = points[place - 1], points[place]
         return max(t0 + (t1 - t0) * (message.nbytes - n0) / (n1 - n0), 0.5 * points[0][1])
