@@ -7,7 +7,8 @@
 One network namespace per rank. In each job, before anything is predicted, three things are measured, all ranks at the
 same time: collective calls of other sizes than the job's, codecs against an echo on other sizes than its buckets, and
 forward and backward with a hook that does nothing. From these, and from the layers, the step time of each codec is
-predicted; then it is measured. Bytes are compared with the interface's counter.
+predicted; then it is measured. Bytes are compared with the interface's counter: predicted are the payload's, by the
+formulas, times what the interface counted for a byte of a bulk transfer (headers and acknowledgements).
 """
 
 import argparse
@@ -61,13 +62,31 @@ def rank_main(names: list[str]) -> None:
         costs[codec] = codec_costs.measure(codec_for(codec), world_size, sizes=sizes, who=together)
     if dist.get_rank() == 0:
         print(calibration, costs, file=sys.stderr)
+    headers = bytes_per_payload_byte()
     for name in names:
         for codec in CODECS:
             point = measure(name, codec, calibration, costs[codec])
+            point["predicted_bytes"] = round(headers * point["payload_bytes"])
             if dist.get_rank() == 0:
                 print(json.dumps(point), flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def bytes_per_payload_byte():
+    """What the interface counts for a byte that is sent: headers and acknowledgements of this link."""
+    import torch
+    import torch.distributed as dist
+
+    world_size = dist.get_world_size()
+    values = torch.zeros(800_000)
+    dist.barrier()
+    before = traffic()[0]
+    for _ in range(4):
+        dist.all_reduce(values)
+    counted = torch.tensor([float(traffic()[0] - before)], dtype=torch.float64)
+    dist.all_reduce(counted)
+    return float(counted) / world_size / (4 * 2 * (world_size - 1) / world_size * values.nbytes)
 
 
 def measure(name, codec, calibration, cost):
@@ -157,7 +176,7 @@ def measure(name, codec, calibration, cost):
         "codec_ms": 1e3 * sum(sum(cost.seconds(load.elements)) for load in loads if load.elements),
         "exposed_exchange_ms": 1e3 * predicted.exchange_s,
         "interface_bytes": sent,
-        "predicted_bytes": predicted_bytes(loads, world_size),
+        "payload_bytes": predicted_bytes(loads, world_size),
     }
 
 

@@ -1,0 +1,276 @@
+"""Prediction without training: the timeline, the formulas, the planner, and the command line in front of them."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from terncomm.cli import main
+from terncomm.exchange import Message
+from terncomm.simulator.codec_costs import FREE, Cost, Echo, measure
+from terncomm.simulator.fabric import AT_ONCE, Measured, Software, Switched
+from terncomm.simulator.links import Link
+from terncomm.simulator.networks import NETWORKS, of_size, parse_count
+from terncomm.simulator.plan import DEVICES, WORTH, Device, Job, advice, plan
+from terncomm.simulator.predict import Load, predict
+from terncomm.simulator.reductions import reduction_for
+from terncomm.simulator.timeline import DECODE, ENCODE, WIRE, Compute, Stage, step_time
+
+QUICK = Software("quick", round_s=0.0, message_s=0.0)
+MBYTE = Link("1 MB/s", 8e6, efficiency=1.0)
+
+
+def wire(seconds, busy=0.0):
+    return [Stage(WIRE, seconds, busy)]
+
+
+@pytest.mark.parametrize(
+    ("compute", "buckets", "cores", "wanted"),
+    [
+        # Forward 1, backward 4; a bucket of 2 that is there in the middle is hidden, one at the end is not.
+        (Compute(1, (2.0,), 4), [wire(2)], 2, (5, 0, 0, 0)),
+        (Compute(1, (4.0,), 4), [wire(2)], 2, (5, 0, 2, 0)),
+        (Compute(1, (2.0, 4.0), 4), [wire(3), wire(1)], 2, (5, 0, 2, 0)),  # the second waits for the first
+        (Compute(1, (4.0,), 4, after_s=0.5), [wire(2)], 2, (5.5, 0, 2, 0)),
+        # Encoding beside computing: free on a core of its own, half as fast for both on a shared one.
+        (Compute(1, (2.0,), 4), [[Stage(ENCODE, 1.0)]], 2, (5, 0, 0, 0)),
+        (Compute(1, (2.0,), 4), [[Stage(ENCODE, 1.0)]], 1, (5, 1, 0, 0)),
+        (Compute(1, (4.0,), 4), [[Stage(ENCODE, 1.0), *wire(2), Stage(DECODE, 0.5)]], 1, (5, 1, 2, 0.5)),
+        (Compute(1, (3.0,), 4), [[Stage(ENCODE, 4.0)]], 1, (5, 4, 0, 0)),  # work is conserved
+        # Sending keeps a fifth of the one core busy: computing takes longer by that.
+        (Compute(1, (0.0,), 4), [wire(2, busy=0.2)], 1, (5, 0, 0.4, 0)),
+        (Compute(1, (0.0,), 4), [wire(2, busy=0.2)], 2, (5, 0, 0, 0)),
+    ],
+)
+def test_timeline(compute, buckets, cores, wanted):
+    found = step_time(compute, buckets, cores=cores)
+    assert [found.compute_s, found.encode_s, found.exchange_s, found.decode_s] == pytest.approx(wanted)
+    assert found.step_s == pytest.approx(sum(wanted))
+
+
+def test_timeline_refuses():
+    with pytest.raises(ValueError, match="2 buckets, but 1 times"):
+        step_time(Compute(1, (1.0,), 1), [[], []])
+    with pytest.raises(ValueError, match="cores must be positive"):
+        step_time(Compute(1, (1.0,), 1), [[]], cores=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_node", "wanted"),
+    [
+        # 8 ranks, a million bytes to each other one, 1 MB/s: 7 s, whatever the algorithm.
+        ("all_reduce", 1, 7.0),
+        ("all_to_all", 1, 7.0),
+        ("all_gather", 1, 7.0),
+        # Four on a node share its link: a ring crosses it once, but all to all sends 4 x 4 million bytes through it.
+        ("all_reduce", 4, 7.0),
+        ("all_gather", 4, 7.0),
+        ("all_to_all", 4, 16.0),
+        ("all_to_all", 8, 0.0),  # one node, and nothing said of the inside
+    ],
+)
+def test_bytes_through_a_node(kind, per_node, wanted):
+    fabric = Switched(MBYTE, per_node, software=QUICK)
+    assert fabric.seconds(Message(kind, 1_000_000), 8) == pytest.approx(wanted)
+
+
+def test_delays_and_rounds():
+    slow = Switched(Link("", 8e15, delay_s=0.01, efficiency=1.0), software=QUICK)
+    assert slow.seconds(Message("all_reduce", 1000), 4) == pytest.approx(6 * 0.01)  # 2 (W - 1) rounds
+    assert slow.seconds(Message("all_gather", AT_ONCE), 4) == pytest.approx(0.01)
+    assert slow.seconds(Message("all_gather", AT_ONCE + 1), 4) == pytest.approx(3 * 0.01)
+    tree = Switched(slow.link, software=Software("", 0.0, 0.0, tree=True))
+    assert tree.seconds(Message("all_reduce", 1000), 1024) == pytest.approx(2 * 10 * 0.01)
+    incast = Switched(MBYTE, software=Software("", 0.0, 0.0, incast=1.5))
+    assert incast.seconds(Message("all_to_all", 1000), 4) == pytest.approx(1.5 * 3e-3)
+    assert incast.seconds(Message("all_to_all", 1000), 2) == pytest.approx(1e-3)
+    assert slow.seconds(Message("all_to_all", 1000), 1) == 0
+
+
+def test_measured_lines():
+    points = [(100.0, 1.0), (200.0, 3.0), (400.0, 4.0)]
+    fabric = Measured(4, dict.fromkeys(("all_reduce", "all_to_all", "all_gather"), points))
+    for nbytes, wanted in [(100, 1.0), (150, 2.0), (300, 3.5), (800, 8.0)]:
+        assert fabric.seconds(Message("all_to_all", nbytes), 4) == pytest.approx(wanted)
+    assert fabric.seconds(Message("all_gather", 0), 4) == 0
+    with pytest.raises(ValueError, match="measured were 4 ranks, not 8"):
+        fabric.seconds(Message("all_to_all", 1), 8)
+
+
+def test_prediction_adds_up():
+    cost = Cost((1.0, 2.0, 3.0), (0.0, 0.0, 0.001))
+    load = Load((Message("all_gather", 1_000_000), Message("all_to_all", 1_000_000)), 1000)
+    found = predict(Compute(1, (1.0,), 1), [load], 2, Switched(MBYTE, software=QUICK), cost)
+    assert (found.encode_s, found.exchange_s, found.decode_s) == pytest.approx((1.0, 2.0, 2.0 + 4.0))
+    assert predict(Compute(1, (1.0,), 1), [load], 1, Switched(MBYTE), cost).step_s == 2
+
+
+def test_codec_costs_grow_with_the_bucket():
+    found = measure(reduction_for("terngrad").codec, 4)
+    assert sum(found.per_element_s) > 0
+    assert sum(found.seconds(10**7)) > 2 * sum(found.seconds(10**6))
+    assert Echo(3).all_gather(torch.arange(2)).tolist() == [[0, 1]] * 3
+
+
+def job(name="resnet50", device="gpu", **options):
+    return Job(NETWORKS[name], NETWORKS[name].batch_size, DEVICES[device], **options)
+
+
+def test_a_plan_without_overlap_is_arithmetic():
+    """VGG-16 by the layers, nothing computed: bytes of a ring over the rate."""
+    found = next(plan(job("vgg16", compute_s=0.0), workers=[4], links=[MBYTE], codecs=["none"], software=QUICK))
+    wanted = 2 * 3 / 4 * 4 * NETWORKS["vgg16"].numel
+    assert found["sent_bytes"] == pytest.approx(wanted, rel=1e-6)
+    assert found["step_s"] == pytest.approx(wanted / 1e6, rel=1e-6)
+
+
+def test_a_plan_with_much_to_compute_hides_all_but_the_last_bucket():
+    link = Link.parse("10gbit")
+    found = next(plan(job(compute_s=100.0), workers=[4], links=[link], codecs=["none"], software=QUICK))
+    first_layers = 25 * 2**20 * 1.5 / link.payload_bytes_per_s  # at most a bucket, 2 (W - 1) / W times
+    assert 100 < found["step_s"] < 100 + 2 * first_layers
+
+
+def test_slow_links_and_many_workers_favour_codecs():
+    times = {
+        (p["config"]["workers"], p["config"]["link"], p["config"]["codec"]): p["step_s"]
+        for p in plan(job(), workers=[4, 64], links=[Link.parse("1gbit"), Link.parse("100gbit")])
+    }
+    for workers in (4, 64):
+        order = [times[workers, "1gbit", codec] for codec in ("none", "fp16", "int8", "terngrad")]
+        assert order == sorted(order, reverse=True)
+        gain = [times[workers, link, "none"] / times[workers, link, "terngrad"] for link in ("1gbit", "100gbit")]
+        assert gain[0] > 3 * gain[1]
+
+
+def test_embeddings_and_heads_travel_exactly():
+    """GPT-2's table is a third of it, so no codec sends less than that third."""
+    mine = job("gpt2")
+    table = sum(p.numel for p in mine.network.parameters if p.kind)
+    assert mine.sent_bytes("terngrad", 4) > 1.5 * 4 * table
+    assert mine.sent_bytes("terngrad", 4) < mine.sent_bytes("int8", 4) < mine.sent_bytes("none", 4)
+
+
+def test_break_even_is_where_steps_are_just_worth_it():
+    mine, fabric = job(), Switched(Link.parse("1gbit"))
+    rate = mine.break_even("int8", 8, fabric)
+    at = Switched(Link("", rate))
+    assert mine.point("none", 8, at).step_s == pytest.approx(WORTH * mine.point("int8", 8, at).step_s, rel=0.01)
+    dear = Device(name="dear", flops_per_s=1e15, costs={"int8": Cost((1e5,) * 3, (0.0,) * 3)}, cores=2, source="")
+    assert Job(of_size(1000), 1, dear).break_even("int8", 2, fabric) is None
+    free = Device(name="free", flops_per_s=1e15, costs={}, cores=2, source="")
+    assert (
+        Job(of_size(10**6), 1, free, compute_s=0.0).break_even("fp16", 2, Switched(MBYTE, software=QUICK)) == math.inf
+    )
+
+
+def test_a_thousand_workers_in_a_second():
+    for name in ("resnet50", "bert-base", "vgg16"):
+        began = time.process_time()
+        points = list(plan(job(name), workers=[1024], links=[Link.parse("10gbit")]))
+        assert time.process_time() - began < 1.0, name
+        assert len(points) == 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted"),
+    [
+        ({"none": 1.0, "int8": 0.97, "terngrad": 0.99}, "none"),
+        ({"none": 1.0, "fp16": 0.6, "int8": 0.4, "terngrad": 0.1}, "terngrad"),
+        ({"none": 1.0, "fp16": 0.6, "int8": 0.105, "terngrad": 0.1}, "int8"),
+        ({"none": 1.0, "fp16": 1.3, "int8": 1.2, "terngrad": 1.1}, "none"),
+    ],
+)
+def test_advice_is_the_gentlest_that_is_nearly_quickest(steps, wanted):
+    chosen, reason = advice(steps)
+    assert chosen == wanted
+    assert reason.startswith("keep none" if wanted == "none" else f"{wanted}: steps")
+
+
+def test_counts():
+    assert [parse_count(text) for text in ("25.6M", "7", "1.5k", "2G", "1b")] == [25_600_000, 7, 1500, 2 * 10**9, 10**9]
+    assert of_size(25_600_000).numel == 25_600_000
+    for text in ("", "M", "-3", "0", "1T", "nan", "inf"):
+        with pytest.raises(ValueError, match="number of parameters"):
+            parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plan resnet50 --workers 0", "workers must be at least 1, got 0"),
+        ("plan resnet50 --links=-5mbit", "positive"),
+        ("plan resnet50 --links 5parsec", "no link"),
+        ("plan resnet50 --codecs gzip", "unknown codec 'gzip'; known: none"),
+        ("plan resnet5", "unknown network 'resnet5'; known: alexnet"),
+        ("plan /no/such.py:f", "is not a file"),
+        ("plan resnet50 --tflops 0", "--tflops must be positive"),
+        ("plan resnet50 --compute-ms=-1", "must not be negative"),
+        ("plan resnet50 --batch-size 0", "batch_size must be at least 1"),
+        ("plan resnet50 --per-node 0", "per_node must be at least 1"),
+        ("simulate --workers 0", "workers must be at least 1, got 0"),
+        ("simulate --codecs gzip", "unknown codec 'gzip'"),
+        ("simulate --codecs accumulate-x", "wanted a number of steps"),
+        ("simulate --total-batch 10 --workers 4", "cannot be divided among 4 workers"),
+        ("simulate --data nope", "unknown data 'nope'; known: digits"),
+        ("simulate --jobs 0", "--jobs must be at least 1"),
+        ("simulate --links 1megabit", "no link"),
+        ("doctor --params many", "unknown network 'many'"),
+        ("doctor", "start this under torchrun"),
+        ("plot /no/such/folder", "/no/such/folder"),
+    ],
+)
+def test_bad_words_get_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_plan_command(capsys, tmp_path):
+    out = tmp_path / "deep" / "plan.jsonl"
+    assert (
+        main(f"plan vgg-a --workers 2 16 --links 1gbit wan-50ms --per-node 4 --inside 10gbit --out {out}".split()) == 0
+    )
+    said = capsys.readouterr().out
+    assert said.startswith("MODE: planned. ")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == 2 * 2 * 4
+    assert {record["mode"] for record in records} == {"plan"}
+    assert all(record["provenance"]["torch"] for record in records)
+
+
+MODULE = """
+import torch
+from torch import nn
+def model():
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.Linear(256, 4)), torch.randn(8, 64)
+"""
+
+
+def test_plan_of_a_module_of_ones_own(capsys, tmp_path):
+    file = tmp_path / "my_model.py"
+    file.write_text(MODULE)
+    assert main(["plan", f"{file}:model", "--workers", "2", "--links", "100mbit"]) == 0
+    assert "0.1 M parameters" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "resnet50", "--", "words"])
+    assert ended.value.code == 2
+
+
+def test_python_m_terncomm():
+    done = subprocess.run([sys.executable, "-m", "terncomm", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for command in ("simulate", "plan", "cluster", "doctor", "plot"):
+        assert command in done.stdout
+
+
+def test_free_costs_nothing():
+    assert FREE.seconds(10**9) == (0.0, 0.0, 0.0)
