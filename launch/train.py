@@ -44,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="learning rate at the start (default: the data's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="saved after each epoch, resumed from if it exists (by rank 0)")
-    parser.add_argument("--metrics", type=Path, help="file for one JSON line per epoch")
+    parser.add_argument(
+        "--metrics", type=Path, default=os.environ.get("TERNCOMM_METRICS"), help="file for one JSON line per epoch"
+    )
     parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl with a GPU per rank, else gloo")
     args = parser.parse_args()
     if args.steps_per_epoch is not None and args.steps_per_epoch < 1:
@@ -237,6 +239,8 @@ def main() -> None:
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "step_s": step_s,
+            "seconds": time.perf_counter() - started,
+            "sent_bytes": totals["wire_bytes"],
             **totals,
             "bytes_source": "counted by transport" if state is not None else "ring formula",
             **{name: getattr(args, name) for name in ("data", "codec", "seed", "batch_size", "lr")},

@@ -11,6 +11,7 @@ from terncomm.keys import Key
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, Metered, ProcessGroupTransport
+from terncomm.transports.process_group import STEPPED
 
 SIZES = (0, 1, 2, 7, 255, 1001)
 WORLDS = (2, 3, 4)
@@ -78,3 +79,22 @@ def test_mean_is_bit_equal_to_threads(on_ranks, world_size, exchange, codec):
         assert torch.equal(flat, expected)
         assert torch.equal(flat, here[0][0])
         assert sent == expected_sent > 0
+
+
+def large_rows(numel):
+    """Rows of bytes that tell who sent them, to whom, and where in the row they stand."""
+    transport = ProcessGroupTransport(dist.group.WORLD)
+    world_size, rank = transport.world_size, transport.rank
+    place = torch.arange(numel) % 83
+    rows = torch.stack([(place + 11 * rank + 29 * to) % 251 for to in range(world_size)]).to(torch.uint8)
+    wanted = torch.stack([(place + 11 * source + 29 * rank) % 251 for source in range(world_size)]).to(torch.uint8)
+    kept = rows.clone()
+    same = all(torch.equal(transport.all_to_all(rows), wanted) for _ in range(3))
+    return same and torch.equal(rows, kept)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("over", [0, 1, 12345])
+def test_large_rows_go_one_after_the_other(on_ranks, world_size, over):
+    numel = STEPPED // (world_size - 1) + over
+    assert all(on_ranks(world_size, large_rows, numel))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from terncomm.exchange import Message
 from terncomm.simulator.links import Link
-from terncomm.transports.process_group import AT_ONCE
+from terncomm.transports.process_group import AT_ONCE, STEPPED
 
 
 class Fabric(Protocol):
@@ -32,6 +32,7 @@ class Software:
         round_s: between two messages that depend on each other, the wire's delay aside.
         message_s: of each message that one rank sends to another.
         incast: how many times as long an all-to-all of more than two ranks takes as its bytes would.
+        steps: whether large all-to-alls go to one rank after the other, which crowds no link.
         tree: whether an all-reduce of many ranks goes along a tree where that is quicker than a ring.
     """
 
@@ -39,11 +40,12 @@ class Software:
     round_s: float
     message_s: float
     incast: float = 1.0
+    steps: bool = False
     tree: bool = False
 
 
 # gloo's are of the order that benchmarks/validate_simulator.py measures; NCCL's are usual figures, not measured here.
-GLOO = Software("gloo", round_s=100e-6, message_s=20e-6, incast=1.3)
+GLOO = Software("gloo", round_s=100e-6, message_s=20e-6, incast=1.3, steps=True)
 NCCL = Software("nccl", round_s=10e-6, message_s=2e-6, tree=True)
 
 
@@ -77,10 +79,11 @@ class Switched:
         link = self.link if far else self.inside
         hop_s = software.round_s + (link.delay_s if link else 0.0)
         sent = message.nbytes * (world_size - 1)
-        at_once = message.kind == "all_to_all" or (message.kind == "all_gather" and message.nbytes <= AT_ONCE)
-        if at_once:
+        if kind_of(message) == "all_to_all":
             out_s = near * far * message.nbytes / self.link.payload_bytes_per_s
             in_s = (near - 1) * message.nbytes / self.inside.payload_bytes_per_s if self.inside else 0.0
+            if sent > STEPPED and software.steps:
+                return (world_size - 1) * (hop_s + software.message_s) + max(out_s, in_s)
             crowded = software.incast if world_size > 2 else 1.0
             return hop_s + (world_size - 1) * software.message_s + crowded * max(out_s, in_s)
         rate = min(

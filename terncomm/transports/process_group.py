@@ -10,13 +10,16 @@ import torch.distributed as dist
 from terncomm.transports.base import RankFailed
 
 AT_ONCE = 1 << 18  # bytes; all-gathers of less go to all ranks at the same time, larger ones round a ring
+STEPPED = 1 << 20  # bytes that a rank sends in an all-to-all; above, to one rank after the other
 
 
 class ProcessGroupTransport:
     """Bytes over a process group, or over one of its backends, that nobody else uses meanwhile.
 
     CUDA payloads over a CPU backend such as gloo are staged through host memory. gloo's own all-gather is a ring of
-    W - 1 steps and keeps a second copy of its result; here small payloads need one step, and large ones no copy.
+    W - 1 steps and keeps a second copy of its result; here small payloads need one step, and large ones no copy. Its
+    all-to-all of large rows reaches half the link's rate between two ranks, and crowds the links of more; here they go to
+    one rank after the other.
 
     Raises:
         RankFailed: in every call, when another rank cannot be reached, or not within the group's timeout.
@@ -56,6 +59,8 @@ class ProcessGroupTransport:
     def _all_to_all(self, rows: torch.Tensor, backend: Any) -> torch.Tensor:
         out = torch.empty_like(rows)
         with _naming_failure():
+            if backend.name() == "gloo" and (self.world_size - 1) * rows.shape[1] > STEPPED:
+                return self._stepped(rows, out, backend)
             backend.alltoall_base(out.view(-1), rows.view(-1), [], []).wait()
         return out
 
@@ -63,9 +68,20 @@ class ProcessGroupTransport:
         out[self.rank] = mine
         following, previous = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
         for step in range(self.world_size - 1):
-            sent = backend.send([out[(self.rank - step) % self.world_size]], following, step)
-            backend.recv([out[(previous - step) % self.world_size]], previous, step).wait()
-            sent.wait()
+            # To be ready to receive before sending lets both directions flow at once; gloo halves the rate otherwise.
+            received = backend.recv([out[(previous - step) % self.world_size]], previous, step)
+            backend.send([out[(self.rank - step) % self.world_size]], following, step).wait()
+            received.wait()
+
+    def _stepped(self, rows: torch.Tensor, out: torch.Tensor, backend: Any) -> torch.Tensor:
+        """Row by row: in step d every rank sends to the d-th after it, so that no link has two rows to carry."""
+        out[self.rank] = rows[self.rank]
+        for step in range(1, self.world_size):
+            after, before = (self.rank + step) % self.world_size, (self.rank - step) % self.world_size
+            received = backend.recv([out[before]], before, step)
+            backend.send([rows[after]], after, step).wait()
+            received.wait()
+        return out
 
     def _at_home(self, payload: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The payload where its backend can read it, and that backend."""
