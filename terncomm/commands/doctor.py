@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"terncomm doctor: {_unreachable(error)}", file=sys.stderr, flush=True)
         return 1
     try:
-        return _examine(args, network, backend, device, local_ranks)
+        return _examine(args, network, backend, device)
     except RuntimeError as error:
         print(f"terncomm doctor: rank {os.environ['RANK']}: {_unreachable(error)}", file=sys.stderr, flush=True)
         return 1
@@ -81,7 +81,7 @@ def _unreachable(error: Exception) -> str:
     )
 
 
-def _examine(args: argparse.Namespace, network: Network, backend: str, device: torch.device, local_ranks: int) -> int:
+def _examine(args: argparse.Namespace, network: Network, backend: str, device: torch.device) -> int:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     began = time.perf_counter()
 
@@ -96,11 +96,17 @@ def _examine(args: argparse.Namespace, network: Network, backend: str, device: t
     before = interfaces.sent_bytes()
     found = calibrate(dist.group.WORLD, budget_s=args.seconds / 2, device=device)
     name = interfaces.busiest(before, interfaces.sent_bytes())
-    mine = [socket.gethostname(), name, interfaces.addresses().get(name, ""), interfaces.bits_per_s(name)]
+    mine = [
+        interfaces.machine_id(),
+        socket.gethostname(),
+        name,
+        interfaces.addresses().get(name, ""),
+        interfaces.bits_per_s(name),
+    ]
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, mine)
     tell(f"\n{'rank':>4}  {'host':24} {'interface':12} {'address':16} {'says it can do':>14}")
-    for number, (host, interface, address, rate) in enumerate(everyone):
+    for number, (_, host, interface, address, rate) in enumerate(everyone):
         told = "-" if rate is None else f"{rate / 1e9:g} Gbit/s"
         tell(f"{number:4}  {host:24} {interface:12} {address:16} {told:>14}")
     tell("interface: the one whose counter grew while this was measured")
@@ -112,7 +118,8 @@ def _examine(args: argparse.Namespace, network: Network, backend: str, device: t
         f"{codec} {4e-9 / max(sum(cost.per_element_s), 1e-15):.1f} GB/s of gradients" for codec, cost in costs.items()
     ))  # fmt: skip
     compute_s, source = _computing(args, network)
-    cores = len(os.sched_getaffinity(0)) / local_ranks
+    sharing = max(sum(one[0] == other[0] for other in everyone) for one in everyone)
+    cores = len(os.sched_getaffinity(0)) / sharing
     machine = Device(name="this", flops_per_s=1e12, costs=costs, cores=cores, source="", wire_busy=found.wire_busy)
     job = Job(network, 1, machine, compute_s, args.bucket_cap_mb)
     steps = {codec: job.point(codec, world_size, found.fabric) for codec in CODECS}
@@ -129,7 +136,7 @@ def _examine(args: argparse.Namespace, network: Network, backend: str, device: t
     waiting = 1 - none.compute_s / none.step_s
     tell(f"\nWithout a codec {waiting:.0%} of the step is waiting for the network. Verdict: {reason}.")
     if waiting > 0.3:
-        tell(f"Also free: accumulate gradients (no_sync) over k steps, and the wait is {waiting:.0%} / k per step.")
+        tell("Also free: accumulate gradients (no_sync), and the exchange comes once in k steps.")
     tell(f"({time.perf_counter() - began:.0f} s)")
     return 0
 

@@ -58,3 +58,11 @@ def missing(value: str) -> str | None:
             known = ", ".join(f"{known} ({address or 'no address'})" for known, address in there.items())
             return f"there is no interface {name}; there are: {known}"
     return None
+
+
+def machine_id() -> str:
+    """Equal for processes that share a machine, whatever containers and network namespaces they are in."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
