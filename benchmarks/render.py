@@ -201,7 +201,7 @@ def sweep() -> str:
             )
     told = found[0]["provenance"]
     commits = " and ".join(dict.fromkeys(record["provenance"]["commit"] for record in found))
-    titles = ["data", "codec", "accuracy (lowest - highest)", "test loss", "MB sent", "fewer", "against none"]
+    titles = ["data", "codec", "accuracy (lowest - highest)", "loss", "MB sent", "fewer", "against none"]
     ran = (
         f"Simulated: {len(found)} runs, seeds 0 to 2. Digits: 8 epochs, 64 samples a step; text, as bytes: 120 steps of "
         "32 windows. Against none: by accuracy, two-sided t at 95 %."

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from planted_faults import OneScalePerBucket, RoundedTwice
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -16,9 +17,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import terncomm
 from terncomm import Ternary
 from terncomm.exchange import float_traffic
-from terncomm.keys import Key
-from terncomm.reduce import all_reduce_mean
-from terncomm.segments import Segments
 from terncomm.simulator.buckets import first_buckets, rebuilt_buckets
 from terncomm.simulator.links import Link
 from terncomm.simulator.profile import profile
@@ -205,30 +203,6 @@ def test_a_worker_that_raises_in_the_exchange_ends_all():
 
     with pytest.raises(ZeroDivisionError, match="boom"):
         simulate(experiment(), workload=workload(), reduction=Breaks(Ternary()))
-
-
-class OneScalePerBucket(Coded):
-    """A planted fault: the bucket's largest limit scales all its layers."""
-
-    def reduce(self, flat, coded, exact, transport, key):
-        dense, rest = coded.take(flat).clone(), flat.clone()
-        if coded.numel:
-            all_reduce_mean(dense, Segments([coded.numel]), self.codec, transport, key=key)
-        all_reduce_mean(rest, Segments(()), None, transport, key=Key(key.seed, key.step, 99), exact=exact)
-        exact.put(exact.take(rest), flat)
-        coded.put(dense, flat)
-
-
-class RoundedTwice(Coded):
-    """A planted fault: the mean is ternarized once more."""
-
-    def reduce(self, flat, coded, exact, transport, key):
-        super().reduce(flat, coded, exact, transport, key)
-        if coded.numel:
-            from terncomm.transports import LocalTransport
-
-            alone = LocalTransport.world(1)[0]
-            all_reduce_mean(flat, coded, self.codec, alone, key=Key(key.seed + 1, key.step))
 
 
 def test_planted_faults_stand_out():

@@ -1,0 +1,81 @@
+"""Does the simulator see what it should? Two faults that gradient codecs are known for, planted on purpose.
+
+    python benchmarks/planted_faults.py             # a minute or two
+    python benchmarks/planted_faults.py --record    # and write benchmarks/results/planted_faults.csv
+
+Each is trained with as TernGrad is, from the same seeds; the error of the averaged gradient and the loss are compared.
+"""
+
+import argparse
+import statistics
+
+import torch
+
+from terncomm import Ternary
+from terncomm.keys import Key
+from terncomm.reduce import all_reduce_mean
+from terncomm.segments import Segments
+from terncomm.simulator.reductions import Coded
+from terncomm.simulator.simulate import Experiment, simulate
+from terncomm.transports import LocalTransport
+
+
+class OneScalePerBucket(Coded):
+    """The bucket's largest limit scales all its layers: those with small gradients drown."""
+
+    def reduce(self, flat, coded, exact, transport, key):
+        dense, rest = coded.take(flat).clone(), flat.clone()
+        if coded.numel:
+            all_reduce_mean(dense, Segments([coded.numel]), self.codec, transport, key=key)
+        all_reduce_mean(rest, Segments(()), None, transport, key=Key(key.seed, key.step, 99), exact=exact)
+        exact.put(exact.take(rest), flat)
+        coded.put(dense, flat)
+
+
+class RoundedTwice(Coded):
+    """The mean is ternarized once more on its way back: that error no averaging makes smaller."""
+
+    def reduce(self, flat, coded, exact, transport, key):
+        super().reduce(flat, coded, exact, transport, key)
+        if coded.numel:
+            alone = LocalTransport.world(1)[0]
+            all_reduce_mean(flat, coded, self.codec, alone, key=Key(key.seed + 1, key.step))
+
+
+KINDS = {"terngrad": Coded, "one scale per bucket": OneScalePerBucket, "mean rounded again": RoundedTwice}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--record", action="store_true", help="write the rows to benchmarks/results/planted_faults.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name, kind in KINDS.items():
+        found = []
+        for seed in range(3):
+            experiment = Experiment(data="digits", workers=16, batch_size=4, epochs=2, seed=seed)
+            found.append(simulate(experiment, reduction=kind(Ternary()))["history"][-1])
+        errors = [point["gradient_error"] for point in found]
+        rows.append(
+            {
+                "what": name,
+                "data": "digits",
+                "world_size": 16,
+                "epochs": 2,
+                "seeds": 3,
+                "gradient_error": round(statistics.fmean(errors), 4),
+                "lowest": round(min(errors), 4),
+                "highest": round(max(errors), 4),
+                "test_loss": round(statistics.fmean(point["test_loss"] for point in found), 4),
+            }
+        )
+        print(rows[-1], flush=True)
+    if arguments.record:
+        from results import write
+
+        write("planted_faults", rows)
+
+
+if __name__ == "__main__":
+    main()
