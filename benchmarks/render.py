@@ -203,8 +203,8 @@ def sweep() -> str:
     commits = " and ".join(dict.fromkeys(record["provenance"]["commit"] for record in found))
     titles = ["data", "codec", "accuracy (lowest - highest)", "loss", "MB sent", "fewer", "against none"]
     ran = (
-        f"Simulated: {len(found)} runs, seeds 0 to 2. Digits: 8 epochs, 64 samples a step; text, as bytes: 120 steps of "
-        "32 windows. Against none: by accuracy, two-sided t at 95 %."
+        f"Simulated: {len(found)} runs, seeds 0 to 2. Digits: 8 epochs, 64 samples a step; text, as bytes: 120 steps "
+        "of 32 windows. Against none: by accuracy, two-sided t at 95 %."
     )
     made = f"{told['machine']}; torch {told['torch']}; commit {commits}, {told['date']}."
     return f"{table(titles, lines)}\n\n{ran} {made}"
