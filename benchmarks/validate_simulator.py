@@ -107,60 +107,68 @@ def measure(name, codec, calibration, cost):
     _, width, samples = JOBS[name]
     inputs = torch.randn(samples, width, generator=torch.Generator().manual_seed(dist.get_rank()))
 
-    def steps(model, count):
-        """Seconds until the backward pass begins, and until the step ends, of the slowest rank."""
-        found = []
-        for _ in range(count + 2):
-            dist.barrier()
-            began = time.perf_counter()
-            loss = model(inputs).square().mean()
-            forward = time.perf_counter()
-            model.began = forward
-            loss.backward()
-            found.append([forward - began, time.perf_counter() - began])
-            model.zero_grad()
-        times = torch.tensor(found[2:], dtype=torch.float64)
+    def step(model):
+        """Seconds until the backward pass begins, and until the step ends."""
+        dist.barrier()
+        began = time.perf_counter()
+        loss = model(inputs).square().mean()
+        model.began = time.perf_counter()
+        loss.backward()
+        found = [model.began - began, time.perf_counter() - began]
+        model.zero_grad()
+        return found
+
+    def slowest(times):
+        """Of each time, the longest of all ranks."""
+        times = torch.tensor(times, dtype=torch.float64)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         return times
 
     # Computing alone: DDP with a hook that has nothing to do, and takes the time at which each bucket is there.
     ready: dict[int, list[float]] = {}
     order: list[torch.Tensor] = []
-    model = DistributedDataParallel(network(name), bucket_cap_mb=BUCKET_CAP_MB)
+    alone = DistributedDataParallel(network(name), bucket_cap_mb=BUCKET_CAP_MB)
 
     def nothing(_, bucket):
-        ready.setdefault(bucket.index(), []).append(time.perf_counter() - model.began)
+        ready.setdefault(bucket.index(), []).append(time.perf_counter() - alone.began)
         done = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
 
-    model.register_comm_hook(None, nothing)
-    for parameter in model.parameters():
+    alone.register_comm_hook(None, nothing)
+    for parameter in alone.parameters():
         parameter.register_post_accumulate_grad_hook(order.append)
-    times = steps(model, STEPS)
-    parameters = list(dict.fromkeys(order))
-    layers = Layers(model.module.named_parameters(), exempt=())
-    buckets = [layers.of_bucket(bucket) for bucket in rebuilt_buckets(parameters, BUCKET_CAP_MB)]
-    forward_s, whole_s = (statistics.median(column) for column in times.T.tolist())
-    ready_s = torch.tensor([statistics.median(ready[index][2:]) for index in range(len(buckets))], dtype=torch.float64)
-    dist.all_reduce(ready_s, op=dist.ReduceOp.MAX)
+    model = DistributedDataParallel(network(name), bucket_cap_mb=BUCKET_CAP_MB)
+    state = None
+    if codec == "fp16":
+        model.register_comm_hook(None, fp16_compress_hook)
+    elif codec != "none":
+        state = terncomm.register(model, codec, exempt=())
+    for _ in range(3):
+        step(alone)
+        step(model)
+    ready.clear()
+
+    # In turn, so that what else the machine does meets both alike.
+    computing, measured, sent = [], [], []
+    for _ in range(STEPS):
+        computing.append(step(alone))
+        before = traffic()[0]
+        measured.append(step(model)[1])
+        sent.append(traffic()[0] - before)
+    computing, measured = slowest(computing), slowest(measured).tolist()
+    ready_s = slowest([statistics.median(ready[index]) for index in sorted(ready)])
+    forward_s, whole_s = (statistics.median(column) for column in computing.T.tolist())
     compute = Compute(forward_s, tuple(ready_s.tolist()), whole_s - forward_s)
+
+    parameters = list(dict.fromkeys(order))
+    layers = Layers(alone.module.named_parameters(), exempt=())
+    buckets = [layers.of_bucket(bucket) for bucket in rebuilt_buckets(parameters, BUCKET_CAP_MB)]
     loads = [load_of(*bucket, reduction_for(codec), world_size) for bucket in buckets]
     cores = len(os.sched_getaffinity(0)) / world_size
     predicted = predict(
         compute, loads, world_size, calibration.fabric, cost, cores=cores, wire_busy=calibration.wire_busy
     )
-    del model
-
-    model = DistributedDataParallel(network(name), bucket_cap_mb=BUCKET_CAP_MB)
-    if codec == "fp16":
-        model.register_comm_hook(None, fp16_compress_hook)
-    elif codec != "none":
-        terncomm.register(model, codec, exempt=())
-    steps(model, 1)
-    before = traffic()[0]
-    measured = steps(model, STEPS)[:, 1].tolist()
-    sent = (traffic()[0] - before) / (STEPS + 2)
     low, middle, high = statistics.quantiles(measured, n=4)
     dist.barrier()
     return {
@@ -175,7 +183,7 @@ def measure(name, codec, calibration, cost):
         "compute_ms": 1e3 * predicted.compute_s,
         "codec_ms": 1e3 * sum(sum(cost.seconds(load.elements)) for load in loads if load.elements),
         "exposed_exchange_ms": 1e3 * predicted.exchange_s,
-        "interface_bytes": sent,
+        "interface_bytes": statistics.median(sent),
         "payload_bytes": predicted_bytes(loads, world_size),
     }
 
@@ -190,7 +198,7 @@ def run(rate, ranks, names):
                     "RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": address(0),
                     "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1",
                 }  # fmt: skip
-                command = [sys.executable, __file__, "--rank-of", *names]
+                command = [sys.executable, os.path.abspath(__file__), "--rank-of", *names]
                 out = subprocess.PIPE if rank == 0 else None
                 with node.inside():
                     children.append(subprocess.Popen(command, env=env, stdout=out, text=True))

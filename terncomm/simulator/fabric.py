@@ -13,7 +13,7 @@ from typing import Protocol
 
 from terncomm.exchange import Message
 from terncomm.simulator.links import Link
-from terncomm.transports.process_group import AT_ONCE, STEPPED
+from terncomm.transports.process_group import AT_ONCE, goes_in_steps
 
 
 class Fabric(Protocol):
@@ -82,7 +82,7 @@ class Switched:
         if kind_of(message) == "all_to_all":
             out_s = near * far * message.nbytes / self.link.payload_bytes_per_s
             in_s = (near - 1) * message.nbytes / self.inside.payload_bytes_per_s if self.inside else 0.0
-            if sent > STEPPED and software.steps:
+            if software.steps and goes_in_steps(world_size, message.nbytes):
                 return (world_size - 1) * (hop_s + software.message_s) + max(out_s, in_s)
             crowded = software.incast if world_size > 2 else 1.0
             return hop_s + (world_size - 1) * software.message_s + crowded * max(out_s, in_s)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from terncomm.transports.base import RankFailed
 
 AT_ONCE = 1 << 18  # bytes; all-gathers of less go to all ranks at the same time, larger ones round a ring
-STEPPED = 1 << 20  # bytes that a rank sends in an all-to-all; above, to one rank after the other
+STEPPED = 1 << 20  # bytes that a rank sends in an all-to-all of more than two; above, to one rank after the other
 
 
 class ProcessGroupTransport:
@@ -18,8 +18,8 @@ class ProcessGroupTransport:
 
     CUDA payloads over a CPU backend such as gloo are staged through host memory. gloo's own all-gather is a ring of
     W - 1 steps and keeps a second copy of its result; here small payloads need one step, and large ones no copy. Its
-    all-to-all of large rows reaches half the link's rate between two ranks, and crowds the links of more; here they go to
-    one rank after the other.
+    all-to-all reaches half the link's rate between two ranks, and crowds the links of more with large rows; here they
+    go to one rank after the other.
 
     Raises:
         RankFailed: in every call, when another rank cannot be reached, or not within the group's timeout.
@@ -59,7 +59,7 @@ class ProcessGroupTransport:
     def _all_to_all(self, rows: torch.Tensor, backend: Any) -> torch.Tensor:
         out = torch.empty_like(rows)
         with _naming_failure():
-            if backend.name() == "gloo" and (self.world_size - 1) * rows.shape[1] > STEPPED:
+            if backend.name() == "gloo" and goes_in_steps(self.world_size, rows.shape[1]):
                 return self._stepped(rows, out, backend)
             backend.alltoall_base(out.view(-1), rows.view(-1), [], []).wait()
         return out
@@ -68,7 +68,7 @@ class ProcessGroupTransport:
         out[self.rank] = mine
         following, previous = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
         for step in range(self.world_size - 1):
-            # To be ready to receive before sending lets both directions flow at once; gloo halves the rate otherwise.
+            # Ready to receive before it sends: both directions flow at once, where gloo would halve the rate.
             received = backend.recv([out[(previous - step) % self.world_size]], previous, step)
             backend.send([out[(self.rank - step) % self.world_size]], following, step).wait()
             received.wait()
@@ -91,6 +91,11 @@ class ProcessGroupTransport:
         if payload.is_cuda and backend.name() != "nccl":
             payload = payload.cpu()
         return payload.contiguous(), backend
+
+
+def goes_in_steps(world_size: int, nbytes: int) -> bool:
+    """Whether an all-to-all of rows of so many bytes goes to one rank after the other on gloo."""
+    return world_size == 2 or (world_size - 1) * nbytes > STEPPED
 
 
 def backend_for(group: Any, device: torch.device) -> Any:
