@@ -139,11 +139,10 @@ def measure(name, codec, calibration, cost):
     for parameter in alone.parameters():
         parameter.register_post_accumulate_grad_hook(order.append)
     model = DistributedDataParallel(network(name), bucket_cap_mb=BUCKET_CAP_MB)
-    state = None
     if codec == "fp16":
         model.register_comm_hook(None, fp16_compress_hook)
     elif codec != "none":
-        state = terncomm.register(model, codec, exempt=())
+        terncomm.register(model, codec, exempt=())
     for _ in range(3):
         step(alone)
         step(model)

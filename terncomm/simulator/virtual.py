@@ -131,12 +131,14 @@ class VirtualWorkers:
         for parameter in self.parameters:
             parameter.grad = None
         watched = [] if self._ready else [_on_gradient(p, self._note) for p in self.parameters]
-        for run in micro_steps:
-            loss = run()
-            torch.autograd.backward(loss / len(micro_steps) if len(micro_steps) > 1 else loss)
-            total += float(loss.detach()) / len(micro_steps)
-        for handle in watched:
-            handle.remove()
+        try:
+            for run in micro_steps:
+                loss = run()
+                torch.autograd.backward(loss / len(micro_steps) if len(micro_steps) > 1 else loss)
+                total += float(loss.detach()) / len(micro_steps)
+        finally:
+            for handle in watched:
+                handle.remove()
         return total
 
     def _note(self, parameter: Tensor) -> None:
@@ -150,8 +152,10 @@ class VirtualWorkers:
                 into = self._gradients[rank, place : place + parameter.numel()]
                 if parameter.grad is None:
                     into.zero_()
+                elif parameter.grad.layout != torch.strided:
+                    raise ValueError("a simulation has no sparse gradients; make the embedding with sparse=False")
                 else:
-                    into.copy_(parameter.grad.view(-1))
+                    _in_memory_order(into, parameter).copy_(parameter.grad)
                 place += parameter.numel()
 
     def _exchange(self) -> None:
@@ -176,11 +180,14 @@ class VirtualWorkers:
             place = bucket.begin
             for parameter in bucket.parameters:
                 mean = self._gradients[0, place : place + parameter.numel()]
-                parameter.grad = mean.view_as(parameter).clone()
+                parameter.grad = _in_memory_order(mean, parameter).clone()
                 place += parameter.numel()
         if self.exchanges == 1:
-            silent = [p for p in self.parameters if not any(p is seen for seen in self._ready)]
-            self.buckets = self._lay_out(rebuilt_buckets([*self._ready, *silent], self._cap_mb))
+            names = zip(self.layers.names, self.parameters, strict=True)
+            silent = [name for name, parameter in names if not any(parameter is seen for seen in self._ready)]
+            if silent:
+                raise ValueError(f"DDP takes no parameters without gradients; got none for {', '.join(silent[:5])}")
+            self.buckets = self._lay_out(rebuilt_buckets(self._ready, self._cap_mb))
 
     def _error(self, wanted: Tensor) -> float:
         """|error|^2 / |exact mean|^2, the mean over the layers that may be coded."""
@@ -189,8 +196,19 @@ class VirtualWorkers:
             for offset, size in zip(bucket.coded.offsets.tolist(), bucket.coded.lengths.tolist(), strict=True):
                 place = slice(bucket.begin + offset, bucket.begin + offset + size)
                 error, power = (self._gradients[0, place] - wanted[place]).square().sum(), wanted[place].square().sum()
-                found.append(float(error / power))
+                if power > 0:
+                    found.append(float(error / power))
         return sum(found) / len(found) if found else 0.0
+
+
+def _in_memory_order(flat: Tensor, parameter: Tensor) -> Tensor:
+    """`flat` in the shape of the parameter, elements in the order in which it holds them, as in DDP's buckets."""
+    dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
+    return (
+        flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())
+        if dense
+        else flat.view(parameter.shape)
+    )
 
 
 def _on_gradient(parameter: Tensor, note: Callable[[Tensor], None]) -> Any:
