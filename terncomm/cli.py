@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from terncomm.version import __version__
 
@@ -16,6 +18,13 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help tells what is wanted)\n")
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's; its exit status.
 
@@ -23,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if words is None else words)
     own, passed_on = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    parser = argparse.ArgumentParser(prog="terncomm", description="Compressed gradient communication: what it costs.")
+    parser = _Parser(prog="terncomm", description="Compressed gradient communication: what it costs.")
     parser.add_argument("--version", action="version", version=f"terncomm {__version__}")
     commands = parser.add_subparsers(dest="name", metavar="command", required=True)
     chosen = next((word for word in own if not word.startswith("-")), None)
@@ -43,7 +52,20 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nterncomm {args.name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         print(f"terncomm {args.name}: error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if os.environ.get("TERNCOMM_DEBUG"):
+            raise
+        notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+        first = (str(error).splitlines() or [""])[0]
+        print(
+            f"terncomm {args.name}: {type(error).__name__}: {first}{notes} (TERNCOMM_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
+        return 1
     return status

@@ -29,7 +29,7 @@ _PIECE = 1 << 16  # floats added at a time
 class Message(NamedTuple):
     """One collective call: each rank sends `nbytes` to each other rank."""
 
-    kind: str  # "all_gather" or "all_to_all", of a transport
+    kind: str  # "all_gather" or "all_to_all", of a transport; "all_reduce" where DDP does without a hook
     nbytes: int
 
 

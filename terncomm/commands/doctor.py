@@ -1,6 +1,7 @@
 """terncomm doctor: is the network my problem, and will a codec help?"""
 
 import argparse
+import math
 import os
 import socket
 import sys
@@ -20,9 +21,9 @@ from terncomm.simulator.networks import Network
 from terncomm.simulator.plan import Device, Job, advice
 from terncomm.simulator.timing import time_module
 from terncomm.simulator.workloads import module_of
+from terncomm.transports import RankFailed
 
 CODECS = ("none", "fp16", "int8", "terngrad")
-_JOIN_S = 20
 _EXAMPLE = "torchrun --nproc-per-node 2 -m terncomm doctor --params 25.6M --compute-ms 120"
 
 
@@ -36,39 +37,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute-ms", type=float, help="forward and backward of one worker, from your own job")
     parser.add_argument("--bucket-cap-mb", type=float, help="as of DDP")
     parser.add_argument("--seconds", type=float, default=20.0, help="about how long to measure (default: %(default)s)")
-    parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl with a GPU per rank, else gloo")
+    parser.add_argument(
+        "--join", type=float, default=30.0, help="seconds to wait for other ranks (default: %(default)s)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, predict, advise; rank 0 prints."""
     network = network_of(args.network or args.params)
-    if args.compute_ms is not None and args.compute_ms < 0:
-        raise ValueError(f"--compute-ms must not be negative, got {args.compute_ms}")
+    for name in ("compute_ms", "seconds", "join"):
+        value = getattr(args, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
     if "RANK" not in os.environ:
         raise ValueError(f"start this under torchrun, as your job: {_EXAMPLE}")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if wrong := interfaces.missing(os.environ.get(variable, "")):
+        if wrong := interfaces.missing(variable, os.environ.get(variable, "")):
             print(f"terncomm doctor: {variable}={os.environ[variable]}: {wrong}", file=sys.stderr, flush=True)
             return 1
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    backend = args.backend or ("nccl" if torch.cuda.device_count() >= local_ranks else "gloo")
-    device = torch.device("cpu")
-    if backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=_JOIN_S))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=args.join))
     except (RuntimeError, ValueError) as error:
         print(f"terncomm doctor: {_unreachable(error)}", file=sys.stderr, flush=True)
         return 1
     try:
-        return _examine(args, network, backend, device)
-    except RuntimeError as error:
+        return _examine(args, network)
+    except (RankFailed, dist.DistError) as error:
         print(f"terncomm doctor: rank {os.environ['RANK']}: {_unreachable(error)}", file=sys.stderr, flush=True)
         return 1
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _unreachable(error: Exception) -> str:
@@ -81,7 +79,7 @@ def _unreachable(error: Exception) -> str:
     )
 
 
-def _examine(args: argparse.Namespace, network: Network, backend: str, device: torch.device) -> int:
+def _examine(args: argparse.Namespace, network: Network) -> int:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     began = time.perf_counter()
 
@@ -92,9 +90,9 @@ def _examine(args: argparse.Namespace, network: Network, backend: str, device: t
     if world_size == 1:
         tell("terncomm doctor: one rank sends nothing; start at least 2")
         return 2
-    tell(f"MODE: measured. {world_size} ranks over {backend}; about {args.seconds:.0f} s ...")
+    tell(f"MODE: measured. {world_size} ranks over gloo; about {args.seconds:.0f} s ...")
     before = interfaces.sent_bytes()
-    found = calibrate(dist.group.WORLD, budget_s=args.seconds / 2, device=device)
+    found = calibrate(dist.group.WORLD, budget_s=args.seconds / 2)
     name = interfaces.busiest(before, interfaces.sent_bytes())
     mine = [
         interfaces.machine_id(),
@@ -131,12 +129,17 @@ def _examine(args: argparse.Namespace, network: Network, backend: str, device: t
             f"{1e3 * step.compute_s:9.1f} ms{1e3 * (step.encode_s + step.decode_s):7.1f} ms"
             f"{1e3 * step.exchange_s:9.1f} ms{steps['none'].step_s / step.step_s:8.2f}x"
         )
-    _, reason = advice({codec: step.step_s for codec, step in steps.items()})
     none = steps["none"]
-    waiting = 1 - none.compute_s / none.step_s
-    tell(f"\nWithout a codec {waiting:.0%} of the step is waiting for the network. Verdict: {reason}.")
-    if waiting > 0.3:
-        tell("Also free: accumulate gradients (no_sync), and the exchange comes once in k steps.")
+    if compute_s == 0:
+        tell("\nNo verdict on your step without what it computes: give --compute-ms, or --network FILE.py:FUNCTION.")
+    else:
+        _, reason = advice({codec: step.step_s for codec, step in steps.items()})
+        waiting = 1 - none.compute_s / none.step_s
+        tell(f"\nWithout a codec {waiting:.0%} of the step is waiting for the network. Verdict: {reason}.")
+        if waiting > 0.3:
+            tell("Also free: accumulate gradients (no_sync), and the exchange comes once in k steps.")
+    if torch.cuda.is_available():
+        tell("Measured over gloo, codecs on the CPU: a job on GPUs over NCCL has other speeds.")
     tell(f"({time.perf_counter() - began:.0f} s)")
     return 0
 

@@ -117,6 +117,8 @@ def main(args: argparse.Namespace) -> int:
             f"{config['data'][-10:]:10} {config['workers']:3} {codec:24} {config['seed']:4} {loss:>9} {accuracy:>8} "
             f"{last['sent_bytes'] / 1e6:10.2f}{times}"
         )
+    if any(experiment.accumulate > 1 for experiment in wanted):
+        print("a step with accumulation computes its micro-steps one after the other, and exchanges once")
     print(
         f"\nstep times: predicted for workers that are each a core of this machine. Draw it: terncomm plot {args.out}"
     )

@@ -9,21 +9,27 @@ Both give records: plain dicts, which `terncomm plot` draws.
 
 from terncomm.simulator.links import PRESETS, Link
 from terncomm.simulator.networks import NETWORKS, Network
-from terncomm.simulator.plan import DEVICES, Device, Job, plan
+from terncomm.simulator.plan import DEVICES, Device, Job, advice, plan
+from terncomm.simulator.reductions import Reduction
 from terncomm.simulator.simulate import Experiment, simulate
-from terncomm.simulator.workloads import Options, Workload
+from terncomm.simulator.sweep import sweep
+from terncomm.simulator.workloads import DataError, Options, Workload
 
 __all__ = [
     "DEVICES",
     "NETWORKS",
     "PRESETS",
+    "DataError",
     "Device",
     "Experiment",
     "Job",
     "Link",
     "Network",
     "Options",
+    "Reduction",
     "Workload",
+    "advice",
     "plan",
     "simulate",
+    "sweep",
 ]

@@ -103,8 +103,8 @@ class Switched:
 class Measured:
     """What a group of workers was measured to take, for the world size that it has.
 
-    points: for each of KINDS, (nbytes of a message to one other rank, seconds), ascending. Between two points the line
-        through them holds, an alpha and a beta for each range of sizes; beyond the last, its rate.
+    points: for each of KINDS, (nbytes of a message to one other rank, seconds), ascending. Between
+        two points, and beyond the last two, the line through them holds: an alpha and a beta for each range of sizes.
     """
 
     world_size: int
@@ -117,11 +117,12 @@ class Measured:
         if message.nbytes == 0:
             return 0.0
         points = self.points[kind_of(message)]
-        if message.nbytes > points[-1][0]:
-            return points[-1][1] * message.nbytes / points[-1][0]
         place = min(max(bisect.bisect([n for n, _ in points], message.nbytes), 1), len(points) - 1)
         (n0, t0), (n1, t1) = points[place - 1], points[place]
-        return max(t0 + (t1 - t0) * (message.nbytes - n0) / (n1 - n0), 0.5 * points[0][1])
+        slope = (t1 - t0) / (n1 - n0)
+        if message.nbytes > n1:
+            return t1 + max(slope, 0.0) * (message.nbytes - n1)
+        return max(t0 + slope * (message.nbytes - n0), 0.5 * points[0][1])
 
 
 KINDS = ("all_reduce", "all_to_all", "all_gather")  # the last: round a ring

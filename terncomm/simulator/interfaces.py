@@ -45,16 +45,20 @@ def busiest(before: dict[str, int], after: dict[str, int]) -> str:
     return max(after, key=lambda name: after[name] - before.get(name, 0))
 
 
-def missing(value: str) -> str | None:
-    """What is wrong with a value of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; None if nothing is.
+def missing(variable: str, value: str) -> str | None:
+    """What is wrong with the value of GLOO_SOCKET_IFNAME, names, or of NCCL_SOCKET_IFNAME; None if nothing is.
 
-    >>> missing("lo") is None
+    NCCL takes beginnings of names, names after "=", and after "^" what it shall not use.
+
+    >>> missing("GLOO_SOCKET_IFNAME", "lo") is None
     True
     """
     there = addresses()
-    for name in filter(None, value.lstrip("^=").split(",")):
-        exact = value.startswith("=") or name in there
-        if not value.startswith("^") and not exact and not any(known.startswith(name) for known in there):
+    if value.startswith("^"):
+        return None
+    exact = value.startswith("=") or variable.startswith("GLOO")
+    for name in filter(None, value.lstrip("=").split(",")):
+        if not any(known == name if exact else known.startswith(name) for known in there):
             known = ", ".join(f"{known} ({address or 'no address'})" for known, address in there.items())
             return f"there is no interface {name}; there are: {known}"
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from terncomm.layers import Layers
+from terncomm.layers import Layers, clean
 from terncomm.segments import Segments
 from terncomm.simulator.buckets import rebuilt_buckets
 from terncomm.simulator.codec_costs import FREE, Cost
@@ -18,11 +18,11 @@ from terncomm.simulator.links import Link
 from terncomm.simulator.networks import Network
 from terncomm.simulator.predict import Load, load_of, predict, sent_bytes
 from terncomm.simulator.provenance import provenance
-from terncomm.simulator.reductions import reduction_for
+from terncomm.simulator.reductions import family, reduction_for
 from terncomm.simulator.timeline import Compute, StepTime
 
 WORTH = 1.05  # a codec that makes steps less than this much faster is not advised
-GENTLEST = ("none", "fp16", "int8", "terngrad", "terngrad-noclip")  # least noise first
+GENTLEST = ("none", "fp16", "int8", "terngrad")  # least noise first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,12 @@ class Job:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.compute_s is not None and not (self.compute_s >= 0 and math.isfinite(self.compute_s)):
             raise ValueError(f"the time of computing must not be negative, got {self.compute_s} s")
+        if self.bucket_cap_mb is not None and not (self.bucket_cap_mb > 0 and math.isfinite(self.bucket_cap_mb)):
+            raise ValueError(f"bucket_cap_mb must be positive, got {self.bucket_cap_mb}")
 
     def point(self, codec: str, workers: int, fabric: Fabric) -> StepTime:
         """The time of a step."""
-        cost = self.device.costs.get(codec.removesuffix("-noclip"), FREE)
+        cost = FREE if codec == "none" else self.device.costs[family(codec)]
         compute, _ = self._laid_out
         loads = self._loads(codec, workers)
         device = self.device
@@ -139,7 +141,7 @@ class Job:
         """What is computed when, and the layers of each bucket, as gradients are ready: the last layer's first."""
         network = self.network
         named = [(p.name, nn.Parameter(torch.empty(p.shape, device="meta"))) for p in network.parameters]
-        layers = Layers(named, skip=[p.name for p in network.parameters if p.kind])
+        layers = Layers(named, skip=[clean(p.name) for p in network.parameters if p.kind])
         total_s = self.compute_s
         if total_s is None:
             total_s = 3 * network.flops * self.batch_size / self.device.flops_per_s
@@ -189,6 +191,8 @@ def plan(
             fabric = Switched(link, per_node, inside, software)
             for codec in codecs:
                 time = job.point(codec, count, fabric)
+                if time.step_s == 0:
+                    raise ValueError("a step of one worker that computes nothing takes no time: give what it computes")
                 yield {
                     "mode": "plan",
                     "config": {
@@ -225,7 +229,7 @@ def advice(steps_s: Mapping[str, float], *, near: float = 1.1) -> tuple[str, str
     best_s = steps_s[quickest]
     if none_s < WORTH * best_s:
         return "none", f"keep none: the quickest, {quickest}, would make steps {none_s / best_s:.2f}x as fast"
-    order = sorted(steps_s, key=lambda codec: GENTLEST.index(codec) if codec in GENTLEST else len(GENTLEST))
+    order = sorted(steps_s, key=lambda codec: GENTLEST.index(family(codec)))
     chosen = next(codec for codec in order if steps_s[codec] <= near * best_s)
     faster = f"{chosen}: steps {none_s / steps_s[chosen]:.2f}x as fast as without"
     if chosen == quickest:

@@ -20,6 +20,7 @@ from terncomm.simulator.simulate import Experiment, Run, make_workload
 from terncomm.simulator.timeline import Compute
 
 _ROUNDS = 7
+_FABRIC = ("link", "per_node", "inside", "software")
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,10 @@ def time_records(
     known: dict[str, Profile] = {}
     changed = 0
     for record, experiment in zip(records, experiments, strict=True):
-        wanted = [(link.name, fabric.get("per_node", 1)) for link in links]
-        if wanted == [(link["link"], link["per_node"]) for link in record.get("links", [])]:
+        inside = fabric.get("inside")
+        asked = fabric.get("per_node", 1), inside.name if inside else None, fabric.get("software", GLOO).name
+        known_for = [tuple(link[name] for name in _FABRIC) for link in record.get("links", [])]
+        if known_for == [(link.name, *asked) for link in links]:
             continue
         identity = repr({**experiment.config(), "seed": 0})
         if identity not in known:

@@ -88,8 +88,9 @@ def check(record: Any) -> None:
         _each(config, "config.", str, "link")
         _counts(config, "config.", "ranks", low=1)
         _each(record, "", str, "how")
-        _each(record, "", dict, "probe")
-        _amounts(record["probe"], "probe.", "bits_per_s")
+        if _get(record, "", "probe") is not None:  # ranks on one host have no link
+            _each(record, "", dict, "probe")
+            _amounts(record["probe"], "probe.", "bits_per_s")
         _counts(record, "", "status", low=None)
         _amounts(record, "", "seconds")
         if record.get("history") is not None:

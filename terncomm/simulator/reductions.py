@@ -79,6 +79,18 @@ class Coded:
         return False
 
 
+def family(name: str) -> str:
+    """Of the codecs that are known by name, the one that this is a kind of: for costs, and for what is gentler.
+
+    >>> family("Int8(block=512)"), family("terngrad-noclip")
+    ('int8', 'terngrad')
+    """
+    reduction = reduction_for(name)
+    if isinstance(reduction, Coded):
+        return "int8" if isinstance(reduction.codec, Int8) else "terngrad"
+    return name
+
+
 def reduction_for(name: str) -> Reduction:
     """The reduction of a name in CODECS, or of a codec as it is written: "Ternary(clip=1.5)".
 

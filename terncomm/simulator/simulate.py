@@ -2,9 +2,11 @@
 
 import math
 import statistics
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,14 +65,21 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         reduction_for(self.codec)
 
     def config(self) -> dict[str, Any]:
-        """As plain words and numbers, for a record; two runs with one config are the same run."""
+        """As plain words and numbers, for a record; two runs with one config are the same run.
+
+        files: checksums of the user's own file and text, which may change between runs.
+        """
         words = asdict(self)
         options = words.pop("options")
         options.pop("seed")
-        return words | {name: None if value is None else str(value) for name, value in options.items()}
+        words |= {name: None if value is None else str(value) for name, value in options.items()}
+        files = [Path(self.data.rpartition(":")[0]), self.options.text]
+        return words | {"files": [zlib.crc32(file.read_bytes()) for file in files if file and file.is_file()]}
 
 
 def simulate(
@@ -154,6 +163,8 @@ class Run:
             DataLoader(workload.train, batch_size=experiment.batch_size, sampler=sampler) for sampler in self._samplers
         ]
         batches = len(self._loaders[0])
+        if len(workload.test) == 0:  # type: ignore[arg-type]
+            raise ValueError("the test set is empty; wanted at least one sample")
         self.steps = min(batches, experiment.steps_per_epoch or workload.steps_per_epoch or batches)
         if self.steps < experiment.accumulate:
             raise ValueError(f"accumulate={experiment.accumulate}, but an epoch has {self.steps} steps")
@@ -208,7 +219,7 @@ class Run:
             "step": epoch * (self.steps // self.experiment.accumulate) * self.experiment.accumulate,
             "train_loss": _finite(train_loss),
             "test_loss": _finite(loss / count),
-            "test_accuracy": correct / count if workload.accuracy else None,
+            "test_accuracy": _finite(correct / count) if workload.accuracy else None,
             "sent_bytes": self.workers.sent_bytes,
             "gradient_error": _finite(statistics.fmean(self.workers.errors or [math.nan])),
         }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from terncomm.simulator import records
 from terncomm.simulator.simulate import Experiment, simulate
 from terncomm.simulator.workloads import load
 
@@ -33,7 +34,6 @@ def sweep(
         DataError: the data of an experiment are not as wanted; nothing has been run.
         ValueError: a line of `path` is no record.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     known = {_identity(record["config"]): record for record in _read(path)}
     wanted = {_identity(experiment.config()): experiment for experiment in experiments}
     missing = [experiment for identity, experiment in wanted.items() if identity not in known]
@@ -48,14 +48,15 @@ def sweep(
         nonlocal done
         done += 1
         known[_identity(record["config"])] = record
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
         left_s = (time.perf_counter() - began) / done * (len(missing) - done)
         tell(f"{done:3}/{len(missing)}  {describe(record)}  {_duration(left_s)} left")
 
     if jobs == 1 or len(missing) <= 1:
         for experiment in missing:
-            keep(_run(experiment, tell if len(missing) == 1 else None))
+            keep(_run(experiment, tell))
     else:
         _in_parallel(missing, jobs, keep)
     return [known[identity] for identity in wanted]
@@ -73,36 +74,39 @@ def describe(record: Record) -> str:
     )
 
 
-def write(path: Path, records: Sequence[Record]) -> None:
+def write(path: Path, changed: Sequence[Record]) -> None:
     """Replace what `path` holds of these runs, keeping its other lines; whole at any time."""
-    known = {_identity(record["config"]): record for record in [*_read(path), *records]}
-    unfinished = path.with_name(path.name + ".tmp")
+    known = {_identity(record["config"]): record for record in [*_read(path), *changed]}
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text("".join(json.dumps(record) + "\n" for record in known.values()))
     os.replace(unfinished, path)
 
 
-def _run(experiment: Experiment, tell: Callable[[str], None] | None = None) -> Record:
+def _run(experiment: Experiment, tell: Callable[[str], None] = lambda line: None) -> Record:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same bits as a process of DDP has with one thread; more would hardly help
+    began = time.perf_counter()
     try:
-        return simulate(experiment, on_epoch=lambda point: tell(_progress(point, experiment)) if tell else None)
+        return simulate(experiment, on_epoch=lambda point: tell(_progress(point, experiment, began)))
     finally:
         torch.set_num_threads(threads)
 
 
-def _progress(point: Record, experiment: Experiment) -> str:
-    loss, accuracy = point["train_loss"], point["test_accuracy"]
+def _progress(point: Record, experiment: Experiment, began: float) -> str:
+    loss, accuracy, epoch = point["train_loss"], point["test_accuracy"], point["epoch"]
+    left_s = (time.perf_counter() - began) / max(epoch, 1) * (experiment.epochs - epoch)
     return (
-        f"epoch {point['epoch']:3}/{experiment.epochs}  step {point['step']:6}  "
-        f"train loss {'-' if loss is None else format(loss, '.4f'):>8}"
+        f"  {experiment.codec:16} epoch {epoch:3}/{experiment.epochs}  train loss "
+        f"{'-' if loss is None else format(loss, '.4f'):>8}"
         + ("" if accuracy is None else f"  test accuracy {accuracy:7.2%}")
         + f"  sent {point['sent_bytes'] / 1e6:9.2f} MB/worker"
+        + (f"  {_duration(left_s)} left" if epoch else "")
     )
 
 
 def _in_parallel(experiments: Sequence[Experiment], jobs: int, keep: Callable[[Record], None]) -> None:
     context = multiprocessing.get_context("spawn")
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before, others = signal.signal(signal.SIGTERM, _interrupt), set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(experiments)), context, _initialize)
     try:
         for future in concurrent.futures.as_completed([pool.submit(_run, one) for one in experiments]):
@@ -110,7 +114,7 @@ def _in_parallel(experiments: Sequence[Experiment], jobs: int, keep: Callable[[R
         pool.shutdown()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.kill()
         raise
     finally:
@@ -131,15 +135,13 @@ def _identity(config: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[Record]:
+    """What a file holds; a last line that was cut off while it was written does not count."""
     if not path.exists():
         return []
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    return records
+    whole, newline, rest = path.read_text().rpartition("\n")
+    if rest:
+        path.write_text(whole + newline)
+    return records.read(path)
 
 
 def _duration(seconds: float) -> str:

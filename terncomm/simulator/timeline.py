@@ -42,11 +42,6 @@ class Compute:
         """All of it."""
         return self.forward_s + self.backward_s + self.after_s
 
-    def scaled(self, factor: float) -> "Compute":
-        """The same on a device that takes `factor` times as long."""
-        ready = tuple(factor * ready for ready in self.ready_s)
-        return Compute(factor * self.forward_s, ready, factor * self.backward_s, factor * self.after_s)
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -106,9 +101,12 @@ def step_time(compute: Compute, buckets: Sequence[Sequence[Stage]], *, cores: fl
 
 
 def _rates(busy: float, cores: float, alone: float) -> tuple[float, float]:
-    """How fast computing and a stage go side by side, relative to how fast each goes alone."""
+    """How fast computing and a stage go side by side, relative to how fast each goes alone.
+
+    Cores are shared fairly: who wants less than half of them gets what it wants.
+    """
     if 1 + busy <= cores or busy == 0:
         return 1.0, 1.0
-    if busy < 1:  # it waits most of the time, and is served at once when it does not
-        return max(alone - busy, 0.5 * alone) / alone, 1.0
-    return 0.5 * cores / alone, 0.5 * cores / alone
+    half = cores / 2
+    stage = min(busy, half)
+    return min(1.0, cores - stage) / alone, stage / min(busy, cores)

@@ -35,8 +35,8 @@ class VirtualWorkers:
     """W workers in lockstep. All hold the same weights at all times, so there is one network, and W gradients of it.
 
     What DDP does is done here: a first iteration with one bucket, then buckets in the order in which gradients were
-    ready; every forward pass begins with the buffers of worker 0; gradients of several micro-steps add up before one
-    exchange. A worker has random numbers of its own.
+    ready; every step begins with the buffers of worker 0; gradients of several micro-steps add up before one exchange.
+    A worker has random numbers of its own.
 
     Args:
         network: trained in place; float32 parameters.

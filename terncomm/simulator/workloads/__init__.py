@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import importlib.util
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +57,35 @@ def _call(name: str, *arguments: object) -> Any:
     """Call "module:function" or "file.py:function"; what is beside the file can be imported."""
     where, _, function = name.rpartition(":")
     path = Path(where)
-    folder = Path.cwd()
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise DataError(f"{where} is not a file; wanted: FILE.py:FUNCTION")
-        where, folder = path.stem, path.parent.resolve()
-    sys.path.insert(0, str(folder))
+    if path.suffix == ".py" and not path.is_file():
+        raise DataError(f"{where} is not a file; wanted: FILE.py:FUNCTION")
+    folder = str(path.parent.resolve() if path.suffix == ".py" else Path.cwd())
+    sys.path.insert(0, folder)
     try:
-        found = getattr(importlib.import_module(where), function)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{name}: {error}") from error
+        module = _load_file(path) if path.suffix == ".py" else importlib.import_module(where)
+        return getattr(module, function)(*arguments)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(folder))
-    return found(*arguments)
+        sys.path.remove(folder)
+
+
+def _load_file(path: Path) -> Any:
+    """The module in a file, whatever others have its name."""
+    name = f"{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

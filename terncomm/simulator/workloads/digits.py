@@ -4,13 +4,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from terncomm.simulator.workloads.base import Options, Workload
+from terncomm.simulator.workloads.base import DataError, Options, Workload
 
 
 def digits(options: Options) -> Workload:
     """Return a convolutional network, 1437 training and 360 test images (1, 8, 8) of handwritten digits."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as error:
+        raise DataError(f"the digits come with scikit-learn ({error}): pip install 'terncomm[examples]'") from error
 
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
