@@ -8,8 +8,8 @@ One network namespace per rank. In each job, before anything is predicted, three
 same time: collective calls of other sizes than the job's, codecs against an echo on other sizes than its buckets, and
 forward and backward with a hook that does nothing. From these, and from the layers, the step time of each codec is
 predicted; then it is measured. Bytes are compared with the interface's counter: predicted are the payload's, by the
-formulas, times what the interface counted for a byte of a bulk transfer (headers and acknowledgements). That transfer is
-an all-reduce, so for "none" this checks little more than the ring's formula.
+formulas, times what the interface counted for a byte of a bulk transfer (headers and acknowledgements). That
+transfer is an all-reduce, so for "none" this checks little more than the ring's formula.
 """
 
 import argparse

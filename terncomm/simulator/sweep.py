@@ -1,10 +1,12 @@
 """Many training runs, several at a time; what is already in the file is not done again."""
 
 import concurrent.futures
+import ctypes
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from terncomm.simulator.simulate import Experiment, simulate
 from terncomm.simulator.workloads import load
 
 Record = dict[str, Any]
+_PR_SET_PDEATHSIG = 1
 
 
 def sweep(
@@ -109,7 +112,10 @@ def _in_parallel(experiments: Sequence[Experiment], jobs: int, keep: Callable[[R
     before, others = signal.signal(signal.SIGTERM, _interrupt), set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(experiments)), context, _initialize)
     try:
-        for future in concurrent.futures.as_completed([pool.submit(_run, one) for one in experiments]):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's to act on
+        futures = [pool.submit(_run, one) for one in experiments]
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for future in concurrent.futures.as_completed(futures):
             keep(future.result())
         pool.shutdown()
     except BaseException:
@@ -122,7 +128,9 @@ def _in_parallel(experiments: Sequence[Experiment], jobs: int, keep: Callable[[R
 
 
 def _initialize() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    """End with the parent, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _interrupt(*_: object) -> None:
