@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -59,8 +60,10 @@ def asked(args: argparse.Namespace) -> Asked:
         raise ValueError(f"--jitter {args.jitter} must be no more than the delay, {1e3 * link.delay_s:g} ms")
     loss = _option("--loss", _percentage, args.loss) if args.loss else 0.0
     out = Path(args.out) if args.out else None
-    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise ValueError(f"--out: cannot write a file {out}")
+    if out:
+        there = next(folder for folder in out.absolute().parents if folder.exists())
+        if out.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"--out: cannot write a file {out}")
     job = Job(_command(args.command), args.ranks_per_node, timeout_s=args.timeout)
     return Asked(job, args.ranks, link, jitter_s, loss, out, args.accept_measured)
 

@@ -8,6 +8,7 @@ from terncomm.simulator.provenance import provenance
 
 def append(path: Path, record: dict[str, object]) -> None:
     """Add a record of mode "cluster" to a file of JSON lines, with where it comes from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({"mode": "cluster", **record, "provenance": provenance()}) + "\n")
 
