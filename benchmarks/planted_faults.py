@@ -17,6 +17,7 @@ from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.simulator.reductions import Coded
 from terncomm.simulator.simulate import Experiment, simulate
+from terncomm.simulator.workloads import Options
 from terncomm.transports import LocalTransport
 
 
@@ -54,15 +55,18 @@ def main() -> None:
     for name, kind in KINDS.items():
         found = []
         for seed in range(3):
-            experiment = Experiment(data="digits", workers=16, batch_size=4, epochs=2, seed=seed)
+            options = Options(tokens="bytes")
+            experiment = Experiment(
+                data="text", options=options, workers=16, batch_size=2, epochs=1, steps_per_epoch=21, seed=seed
+            )
             found.append(simulate(experiment, reduction=kind(Ternary()))["history"][-1])
         errors = [point["gradient_error"] for point in found]
         rows.append(
             {
                 "what": name,
-                "data": "digits",
+                "data": "text (bytes)",
                 "world_size": 16,
-                "epochs": 2,
+                "steps": 21,
                 "seeds": 3,
                 "gradient_error": round(statistics.fmean(errors), 4),
                 "lowest": round(min(errors), 4),
