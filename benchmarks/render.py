@@ -196,7 +196,7 @@ def sweep() -> str:
                     f"{loss.mean:.3f} ({loss.low:.3f} - {loss.high:.3f})",
                     f"{sent.mean / 1e6:.1f}",
                     f"{fewer:.1f}x",
-                    summary.verdict(panel, curve).partition(" (")[0].partition(";")[0],
+                    re.sub(r" \([^)]*\)", "", summary.verdict(panel, curve)),
                 ]
             )
     told = found[0]["provenance"]

@@ -155,6 +155,8 @@ def measure(name, codec, calibration, cost):
         computing.append(step(alone))
         before = traffic()[0]
         measured.append(step(model)[1])
+        dist.barrier()
+        time.sleep(0.05)  # what a rank has sent last may still wait for its link when the step is over
         sent.append(traffic()[0] - before)
     computing, measured = slowest(computing), slowest(measured).tolist()
     ready_s = slowest([statistics.median(ready[index]) for index in sorted(ready)])
