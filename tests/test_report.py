@@ -502,3 +502,10 @@ def test_colours_are_told_apart():
     assert len(look) == 8
     assert len({(each.color, each.marker, each.variant) for each in look.values()}) == 8
     assert look["none, step every 11"].color == look["none"].color
+
+
+def test_a_band_of_equal_values_holds_its_mean():
+    """The mean of three equal numbers may round to beside them; a bar must not get a negative error."""
+    for k in range(1, 2000):
+        found = summary.band([k * 0.0137] * 3)
+        assert found.low == found.mean == found.high

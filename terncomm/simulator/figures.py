@@ -459,7 +459,7 @@ def _bars(axes: Axes, found: dict[str, tuple[Band | None, str]], size: float, lo
             value = each.high / size
             mean = each.mean / size
             axes.barh(number, mean, height=0.66, **look[label].bar)
-            error = [[mean - each.low / size], [value - mean]]
+            error = [[max(mean - each.low / size, 0.0)], [max(value - mean, 0.0)]]
             if each.count > 1:
                 halo = [withStroke(linewidth=3.2, foreground="white")]
                 axes.errorbar(mean, number, xerr=error, ecolor="0.2", elinewidth=1.4, path_effects=halo)

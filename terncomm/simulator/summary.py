@@ -35,7 +35,9 @@ def band(values: Iterable[float | None]) -> Band | None:
     numbers = [value for value in found if value is not None and math.isfinite(value)]
     if not numbers or len(numbers) < len(found):
         return None
-    return Band(statistics.fmean(numbers), min(numbers), max(numbers), len(numbers))
+    low, high = min(numbers), max(numbers)
+    mean = min(max(statistics.fmean(numbers), low), high)  # of equal values it may round to beside them
+    return Band(mean, low, high, len(numbers))
 
 
 # Training runs
