@@ -3,8 +3,8 @@
     python benchmarks/planted_faults.py             # a minute or two
     python benchmarks/planted_faults.py --record    # and write benchmarks/results/planted_faults.csv
 
-Each is trained with as TernGrad is, from the same seeds. The error of the averaged gradient is compared seed by seed, for
-seeds differ more than faults do; the loss of so short a run shows none of them.
+Each is trained with as TernGrad is, from the same seeds. The error of the averaged gradient is compared seed by seed,
+for seeds differ more than faults do; the loss of so short a run shows none of them.
 """
 
 import argparse
