@@ -246,12 +246,12 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     first = sweep(wanted[:2], path, tell=told.append)
     lines = path.read_text().splitlines()
     again = sweep(wanted, path, tell=told.append)
-    assert again[:2] == first
+    assert [record["history"] for record in again[:2]] == [record["history"] for record in first]
     assert path.read_text().splitlines()[:2] == lines
     assert len(path.read_text().splitlines()) == 3
     assert "2 of 3 runs are in" in "".join(told)
     path.write_text(path.read_text() + "{half a li")  # killed while it wrote
-    assert sweep(wanted, path, tell=told.append) == again
+    assert [record["history"] for record in sweep(wanted, path, tell=told.append)] == [r["history"] for r in again]
     path.write_text(path.read_text() + "no record\n")
     with pytest.raises(ValueError, match="jsonl:4"):
         sweep(wanted, path)
