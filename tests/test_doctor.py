@@ -42,7 +42,11 @@ def test_a_store_that_nobody_serves_is_told():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment |= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "terncomm", "doctor"], env=environment, capture_output=True, text=True, timeout=90
+        [sys.executable, "-m", "terncomm", "doctor", "--join", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     assert done.returncode == 1
     assert "the ranks do not reach each other (store 127.0.0.1:1)" in done.stderr

@@ -289,7 +289,7 @@ class Recorded:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_messages_are_foretold(codec, world_size, dtype):
     """A few scales and many, exact parts that travel along or do not, both exchanges, nothing coded."""
-    for coded, exact in [(5000, 900), (300_000, 140_000), (30, 7), (9000, 0), (0, 3), (0, 5000), (2_000_000, 1)]:
+    for coded, exact in [(5000, 900), (300_000, 140_000), (30, 7), (9000, 0), (0, 3), (0, 5000)]:
         whole = codec is None or not coded
         layers = Segments([] if whole else [coded - coded // 3, coded // 3])
         rest = Segments([coded + exact] if whole else [exact], offsets=[0 if whole else coded])
