@@ -18,12 +18,11 @@ from terncomm.simulator import codec_costs, interfaces
 from terncomm.simulator.calibrate import calibrate
 from terncomm.simulator.codec_costs import Cost
 from terncomm.simulator.networks import Network
-from terncomm.simulator.plan import Device, Job, advice
+from terncomm.simulator.plan import GENTLEST, Device, Job, advice
 from terncomm.simulator.timing import time_module
 from terncomm.simulator.workloads import module_of
 from terncomm.transports import RankFailed
 
-CODECS = ("none", "fp16", "int8", "terngrad")
 _EXAMPLE = "torchrun --nproc-per-node 2 -m terncomm doctor --params 25.6M --compute-ms 120"
 
 
@@ -120,7 +119,7 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
     cores = len(os.sched_getaffinity(0)) / sharing
     machine = Device(name="this", flops_per_s=1e12, costs=costs, cores=cores, source="", wire_busy=found.wire_busy)
     job = Job(network, 1, machine, compute_s, args.bucket_cap_mb)
-    steps = {codec: job.point(codec, world_size, found.fabric) for codec in CODECS}
+    steps = {codec: job.point(codec, world_size, found.fabric) for codec in GENTLEST}
     tell(f"\n{network.title}: {network.numel / 1e6:.1f} M parameters; computing {1e3 * compute_s:.0f} ms ({source})")
     tell(f"{'codec':10}{'MB sent':>10}{'step':>12}{'computing':>12}{'codec':>10}{'exposed':>12}{'faster':>9}")
     for codec, step in steps.items():

@@ -9,6 +9,7 @@ from terncomm.simulator.links import Link
 from terncomm.simulator.profile import time_records
 from terncomm.simulator.reductions import CODECS
 from terncomm.simulator.simulate import Experiment
+from terncomm.simulator.summary import label_of
 from terncomm.simulator.sweep import sweep, write
 from terncomm.simulator.workloads import Options
 from terncomm.simulator.workloads import add_arguments as add_data_arguments
@@ -109,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"{'data':10} {'W':>3} {'codec':24} {'seed':>4} {'test loss':>9} {'accuracy':>8} {'MB/worker':>10}{head}")
     for record in records:
         config, last = record["config"], record["history"][-1]
-        codec = config["codec"] + (f", every {config['accumulate']}" if config["accumulate"] > 1 else "")
+        codec = label_of(config["codec"], config["accumulate"], {})
         loss = "-" if last["test_loss"] is None else f"{last['test_loss']:.4f}"
         accuracy = "-" if last["test_accuracy"] is None else f"{last['test_accuracy']:.2%}"
         times = "".join(f"{1e3 * link['step_s']:17.1f} ms" for link in record["links"])

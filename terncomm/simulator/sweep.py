@@ -16,6 +16,7 @@ import torch
 
 from terncomm.simulator import records
 from terncomm.simulator.simulate import Experiment, simulate
+from terncomm.simulator.summary import label_of
 from terncomm.simulator.workloads import load
 
 Record = dict[str, Any]
@@ -68,7 +69,7 @@ def sweep(
 def describe(record: Record) -> str:
     """One line: what was run, and how it ended."""
     config, last = record["config"], record["history"][-1]
-    codec = config["codec"] + (f", step every {config['accumulate']}" if config["accumulate"] > 1 else "")
+    codec = label_of(config["codec"], config["accumulate"], {})
     loss = "diverged" if last["test_loss"] is None else f"test loss {last['test_loss']:.4f}"
     accuracy = "" if last["test_accuracy"] is None else f"  accuracy {last['test_accuracy']:6.2%}"
     return (
