@@ -9,15 +9,12 @@ Every rank steps a stack of linear layers with each codec in turn. Bytes are rea
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 
-from terncomm.cluster.namespaces import INTERFACE, NotPermitted, address, traffic
-from terncomm.cluster.network import FREE, network
-from terncomm.simulator.links import Link
+from limited_ranks import lines
+
+from terncomm.cluster.namespaces import NotPermitted, traffic
 
 CODECS = ("none", "fp16", "int8", "terngrad")
 
@@ -66,30 +63,11 @@ def rank_main(arguments: argparse.Namespace) -> None:
 
 def measure(rate: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Rows of all codecs on links of `rate`."""
-    children = []
+    command = ["--rank-of", rate, "--steps", str(arguments.steps), "--layers", str(arguments.layers)]
     try:
-        with network(arguments.ranks, FREE if rate == "none" else Link.parse(rate)) as net:
-            try:
-                for rank, node in enumerate(net.nodes):
-                    env = os.environ | {
-                        "RANK": str(rank), "WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": address(0),
-                        "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1",
-                    }  # fmt: skip
-                    command = [sys.executable, __file__, "--rank-of", rate]
-                    command += ["--steps", str(arguments.steps), "--layers", str(arguments.layers)]
-                    out = subprocess.PIPE if rank == 0 else None
-                    with node.inside():
-                        children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
-                out, _ = children[0].communicate(timeout=600)
-                if any(child.wait(timeout=60) for child in children):
-                    raise SystemExit(f"bandwidth.py: a rank failed at {rate}, see above")
-            finally:
-                for child in children:
-                    child.kill()
-                    child.wait()
+        found = list(lines(__file__, command, arguments.ranks, rate))
     except NotPermitted as error:
         raise SystemExit(f"bandwidth.py: {error}") from None
-    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     base = statistics.median(found[0]["times"])
     rows = []
     for one in found:

@@ -50,6 +50,10 @@ def kernels() -> dict[str, tuple[float, Callable[[], object]]]:
         "ternary unpack + decode": (1.0, lambda: ops.unpack_decode(packed[None], codes_packing, *where)),
     }
     ops.encode_pack(x, layers, to_codes, codes_packing, 0, NUMEL, packed)
+    ops.encode_pack(x, blocks, to_bytes, packing_for(-127, 127), 0, NUMEL, octets)
+    both, byte, unit = torch.stack([octets, octets]), packing_for(-127, 127), int8.unit(peaks, 2)
+    todo["int8 sum + decode, W = 2"] = (3.0, lambda: ops.unpack_decode(both, byte, blocks, unit, 0, NUMEL, NUMEL, out))
+    todo["int8 sum of a row, W = 4"] = (1.0, lambda: ops.unpack_sum(octets.view(4, -1), byte, NUMEL // 4))
     for world_size in (4, 8):
         sums = torch.randint(-world_size, world_size + 1, (NUMEL,), dtype=torch.int32)
         packing = packing_for(-world_size, world_size)

@@ -179,11 +179,13 @@ def figure5() -> str:
 
 
 def sweep() -> str:
-    from terncomm.simulator import records, summary
+    from terncomm.report.training import panels
+    from terncomm.report.verdicts import verdict
+    from terncomm.simulator import records
 
     found = records.load(RESULTS / "sweep")
     lines = []
-    for panel in summary.panels(found):
+    for panel in panels(found):
         base = panel.baseline
         for curve in panel.curves:
             loss, accuracy, sent = (curve.final(name) for name in ("test_loss", "test_accuracy", "sent_bytes"))
@@ -196,7 +198,7 @@ def sweep() -> str:
                     f"{loss.mean:.3f} ({loss.low:.3f} - {loss.high:.3f})",
                     f"{sent.mean / 1e6:.1f}",
                     f"{fewer:.1f}x",
-                    re.sub(r" \([^)]*\)", "", summary.verdict(panel, curve)),
+                    re.sub(r" \([^)]*\)", "", verdict(panel, curve)),
                 ]
             )
     told = found[0]["provenance"]

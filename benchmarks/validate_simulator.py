@@ -16,13 +16,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 
-from terncomm.cluster.namespaces import INTERFACE, NotPermitted, address, traffic
-from terncomm.cluster.network import network as limited
-from terncomm.simulator.links import Link
+from limited_ranks import lines
+
+from terncomm.cluster.namespaces import NotPermitted, traffic
 
 CODECS = ("none", "fp16", "int8", "terngrad")
 # Layers, width, samples: little to compute and much to send; much to compute; many small layers in several buckets.
@@ -74,6 +73,15 @@ def rank_main(names: list[str]) -> None:
     dist.destroy_process_group()
 
 
+def settled_traffic():
+    """Bytes sent by this rank's interface, once what it has sent last is no longer waiting for the link."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    time.sleep(0.05)
+    return traffic()[0]
+
+
 def bytes_per_payload_byte():
     """What the interface counts for a byte that is sent: headers and acknowledgements of this link."""
     import torch
@@ -81,11 +89,10 @@ def bytes_per_payload_byte():
 
     world_size = dist.get_world_size()
     values = torch.zeros(800_000)
-    dist.barrier()
-    before = traffic()[0]
+    before = settled_traffic()
     for _ in range(4):
         dist.all_reduce(values)
-    counted = torch.tensor([float(traffic()[0] - before)], dtype=torch.float64)
+    counted = torch.tensor([float(settled_traffic() - before)], dtype=torch.float64)
     dist.all_reduce(counted)
     return float(counted) / world_size / (4 * 2 * (world_size - 1) / world_size * values.nbytes)
 
@@ -153,11 +160,9 @@ def measure(name, codec, calibration, cost):
     computing, measured, sent = [], [], []
     for _ in range(STEPS):
         computing.append(step(alone))
-        before = traffic()[0]
+        before = settled_traffic()
         measured.append(step(model)[1])
-        dist.barrier()
-        time.sleep(0.05)  # what a rank has sent last may still wait for its link when the step is over
-        sent.append(traffic()[0] - before)
+        sent.append(settled_traffic() - before)
     computing, measured = slowest(computing), slowest(measured).tolist()
     ready_s = slowest([statistics.median(ready[index]) for index in sorted(ready)])
     forward_s, whole_s = (statistics.median(column) for column in computing.T.tolist())
@@ -188,30 +193,6 @@ def measure(name, codec, calibration, cost):
         "interface_bytes": statistics.median(sent),
         "payload_bytes": predicted_bytes(loads, world_size),
     }
-
-
-def run(rate, ranks, names):
-    """The points of these jobs on links of this rate."""
-    children = []
-    with limited(ranks, Link.parse(rate)) as net:
-        try:
-            for rank, node in enumerate(net.nodes):
-                env = os.environ | {
-                    "RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": address(0),
-                    "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1",
-                }  # fmt: skip
-                command = [sys.executable, os.path.abspath(__file__), "--rank-of", *names]
-                out = subprocess.PIPE if rank == 0 else None
-                with node.inside():
-                    children.append(subprocess.Popen(command, env=env, stdout=out, text=True))
-            for line in children[0].stdout:
-                yield {"link": rate, **json.loads(line)}
-            if any(child.wait(timeout=60) for child in children):
-                raise SystemExit(f"validate_simulator.py: a rank failed at {rate}, see above")
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
 
 
 def judged(point):
@@ -246,8 +227,8 @@ def main() -> None:
     try:
         for rate in arguments.rates:
             for ranks in arguments.ranks:
-                for point in run(rate, ranks, arguments.jobs):
-                    rows.append(judged(point))
+                for point in lines(__file__, ["--rank-of", *arguments.jobs], ranks, rate):
+                    rows.append(judged({"link": rate, **point}))
                     row = rows[-1]
                     print(
                         f"{rate:8} W={ranks} {row['job']:6} {row['codec']:9} measured {row['measured_ms']:8.1f} ms "

@@ -22,13 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Okabe and Ito's colours, told apart by colour-blind readers; the marker says it again.
-STYLE = {
-    "none": ("black", "o"),
-    "fp16": ("#E69F00", "s"),
-    "int8": ("#0072B2", "^"),
-    "terngrad": ("#D55E00", "D"),
-}
+CODECS = ("none", "fp16", "int8", "terngrad")
 # Name in the CSV file: title and format in the table.
 COLUMNS = {
     "codec": ("codec", "{}"),
@@ -51,7 +45,7 @@ def parse_arguments(line: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], epilog="What follows -- are options of launch/train.py."
     )
-    parser.add_argument("--codecs", nargs="+", choices=STYLE, default=list(STYLE))
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
     parser.add_argument("--workers", type=int, default=4, help="processes, at least 2 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--data", default="digits")
@@ -153,9 +147,11 @@ def plot(runs: dict[str, Epochs], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
+    from terncomm.report.looks import CODEC_STYLES
+
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for codec, epochs in runs.items():
-        color, marker = STYLE[codec]
+        color, marker = CODEC_STYLES[codec]
         sent_mb = [epoch["wire_bytes"] / 1e6 for epoch in epochs]
         accuracy = [100 * epoch["test_accuracy"] for epoch in epochs]
         axes.plot(sent_mb, accuracy, color=color, marker=marker, markersize=5, label=f"{codec} ({accuracy[-1]:.1f} %)")

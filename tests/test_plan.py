@@ -9,13 +9,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from terncomm.cli import main
 from terncomm.exchange import Message
 from terncomm.simulator.codec_costs import FREE, Cost, Echo, measure
 from terncomm.simulator.fabric import AT_ONCE, Measured, Software, Switched
 from terncomm.simulator.links import Link
-from terncomm.simulator.networks import NETWORKS, of_size, parse_count
+from terncomm.simulator.networks import NETWORKS, of_module, of_size, parse_count
 from terncomm.simulator.plan import DEVICES, WORTH, Device, Job, advice, plan
 from terncomm.simulator.predict import Load, predict
 from terncomm.simulator.reductions import reduction_for
@@ -169,6 +170,20 @@ def test_embeddings_and_heads_travel_exactly():
     table = sum(p.numel for p in mine.network.parameters if p.kind)
     assert mine.sent_bytes("terngrad", 4) > 1.5 * 4 * table
     assert mine.sent_bytes("terngrad", 4) < mine.sent_bytes("int8", 4) < mine.sent_bytes("none", 4)
+
+
+def test_gradients_of_two_bytes_are_planned_as_such():
+    """Plain and exact parts are half of float32's, float16 saves nothing, codes stay as they are."""
+    layers = [nn.Linear(512, 512), nn.LayerNorm(512), nn.Linear(512, 512)]
+    sent = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        network = of_module(nn.Sequential(*layers).to(dtype), "mine")
+        mine = Job(network, 8, DEVICES["cpu-core"], bucket_cap_mb=100)  # one bucket, whatever its type
+        sent[dtype] = {codec: mine.sent_bytes(codec, 4) for codec in ("none", "fp16", "int8")}
+    whole, half = sent.values()
+    assert half["none"] == half["fp16"] == whole["fp16"] == whole["none"] / 2
+    exact = 2 * 1.5 * sum(p.numel for p in network.parameters if len(p.shape) < 2)
+    assert whole["int8"] - half["int8"] == pytest.approx(exact, rel=0.01)
 
 
 def test_break_even_is_where_steps_are_just_worth_it():

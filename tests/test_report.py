@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 import made_records
 import pytest
 
-from terncomm.simulator import figures, records, report, summary
+from terncomm.report import looks, page, pictures, plans, training, verdicts
+from terncomm.simulator import records
 
 
 def run(codec="none", seed=0, accuracies=(0.1, 0.5, 0.9), losses=None, sent=(0, 100, 200), steps=(0, 10, 20), **more):
@@ -94,7 +95,7 @@ def quick(request, monkeypatch):
         def save(self, target, **_):
             (target.write if hasattr(target, "write") else target.write_bytes)(b"drawn")
 
-        monkeypatch.setattr(figures.Figure, "savefig", save)
+        monkeypatch.setattr(pictures.Figure, "savefig", save)
 
 
 @pytest.fixture
@@ -103,21 +104,21 @@ def drawn():
 
 
 def written(found, tmp_path, **more):
-    paths = report.write_report(found, tmp_path / "out", **more)
+    paths = page.write_report(found, tmp_path / "out", **more)
     assert all(path.stat().st_size > 0 for path in paths)
     assert {path.suffix for path in paths} == {".html", ".png", ".csv"}
     text = paths[0].read_text()
-    page = Page(text)
-    assert all(source.startswith("data:") for source in page.sources)
+    html = Page(text)
+    assert all(source.startswith("data:") for source in html.sources)
     assert text.count("<img ") == len([path for path in paths if path.suffix == ".png"]) == (len(paths) - 1) / 2
     assert "@import" not in text
     assert "url(" not in text
-    assert not page.tags & {"script", "link", "iframe", "object"}
-    for source in page.sources:
+    assert not html.tags & {"script", "link", "iframe", "object"}
+    for source in html.sources:
         kind, _, content = source.removeprefix("data:").partition(";base64,")
         assert kind in ("image/svg+xml", "text/csv")
         assert base64.b64decode(content, validate=True)
-    return {path.name: path for path in paths}, " ".join(page.words)
+    return {path.name: path for path in paths}, " ".join(html.words)
 
 
 # Records
@@ -225,7 +226,7 @@ def test_bands_over_seeds(tmp_path):
 
 def test_a_point_needs_every_seed():
     found = [run(seed=0), run(seed=1, steps=(0, 10, 30))]
-    curve = only(only(summary.panels(found)).curves)
+    curve = only(only(training.panels(found)).curves)
     assert [step for step, _, _ in curve.points("test_loss")] == [0, 10]
     assert [step for step, _, _ in curve.points("test_loss", "100mbit")] == [0, 10]
 
@@ -262,32 +263,34 @@ def test_bytes_and_time_to_target(tmp_path):
     assert float(pick(table, codec="int8", quantity="sent_bytes_per_rank")["value_mean"]) == 80
     assert "25.00 % test accuracy" in words
     with pytest.raises(ValueError, match=r"0.95 is 95 %.*got 95"):
-        report.write_report(found, tmp_path, target=95)
+        page.write_report(found, tmp_path, target=95)
 
 
 def test_words_for_targets():
-    panel = only(summary.panels([run("none", 0), run("none", 1, (0.1, 0.2, 0.3))]))
-    target = summary.Target("test_accuracy", 0.8, "as asked for")
-    assert summary.reach(panel.curves[0], target).text == "reached by 1 of 2"
-    assert summary.reach(panel.curves[0], summary.Target("test_accuracy", 0.99, "")).text == "not reached"
-    assert summary.target_of(only(summary.panels([run("int8")]))).why == "99 % of the best codec's final mean accuracy"
+    panel = only(training.panels([run("none", 0), run("none", 1, (0.1, 0.2, 0.3))]))
+    target = verdicts.Target("test_accuracy", 0.8, "as asked for")
+    assert verdicts.reach(panel.curves[0], target).text == "reached by 1 of 2"
+    assert verdicts.reach(panel.curves[0], verdicts.Target("test_accuracy", 0.99, "")).text == "not reached"
+    assert (
+        verdicts.target_of(only(training.panels([run("int8")]))).why == "99 % of the best codec's final mean accuracy"
+    )
 
 
 def test_gap_against_none():
     base = [0.90, 0.91, 0.92]  # standard deviation 0.01: with three seeds each, 0.0227 is seen
-    found = summary.gap([a - 0.022 for a in base], base)
+    found = verdicts.gap([a - 0.022 for a in base], base)
     assert found.value == pytest.approx(-0.022)
     assert found.least == pytest.approx(2.776 * 0.01 * math.sqrt(2 / 3))
     assert not found.seen
-    assert summary.gap([a - 0.023 for a in base], base).seen
-    assert summary.gap([0.5], base).least == pytest.approx(4.303 * 0.01 * math.sqrt(4 / 3))
-    assert summary.gap([0.5], [0.9]).least is None
-    assert summary.gap([0.5, 0.5], [0.9, 0.9]).least is None
+    assert verdicts.gap([a - 0.023 for a in base], base).seen
+    assert verdicts.gap([0.5], base).least == pytest.approx(4.303 * 0.01 * math.sqrt(4 / 3))
+    assert verdicts.gap([0.5], [0.9]).least is None
+    assert verdicts.gap([0.5, 0.5], [0.9, 0.9]).least is None
 
 
-def verdicts(found):
-    panel = only(summary.panels(found))
-    return {curve.label: summary.verdict(panel, curve) for curve in panel.curves}
+def verdicts_of(found):
+    panel = only(training.panels(found))
+    return {curve.label: verdicts.verdict(panel, curve) for curve in panel.curves}
 
 
 def test_verdicts():
@@ -303,19 +306,19 @@ def test_verdicts():
         ]
         for seed, end in enumerate(ends)
     ]
-    assert verdicts(found) == {
+    assert verdicts_of(found) == {
         "none": "the baseline",
         "fp16": "no difference seen (the same mean; 2.3 points would be seen)",
         "int8": "no difference seen (2.2 points lower; 2.3 points would be seen)",
         "terngrad": "5.0 points lower",
         "x": "no difference seen (the same mean; 2.3 points would be seen); test loss 1 higher",
     }
-    assert verdicts([run(), run("int8", 0, (0.1, 0.5, 0.95))])["int8"] == (
+    assert verdicts_of([run(), run("int8", 0, (0.1, 0.5, 0.95))])["int8"] == (
         "5.0 points higher, but one seed each: how much is chance is not known"
     )
-    assert verdicts([run("int8")]) == {"int8": "no run of none to compare with"}
+    assert verdicts_of([run("int8")]) == {"int8": "no run of none to compare with"}
     diverged = run("int8", accuracies=(None,) * 3, losses=(2, math.nan, math.nan))
-    assert verdicts([run(accuracies=(None,) * 3), diverged])["int8"] == (
+    assert verdicts_of([run(accuracies=(None,) * 3), diverged])["int8"] == (
         "1 of 1 seeds diverged: test loss at the end is not a number"
     )
 
@@ -335,53 +338,53 @@ def test_break_even_on_log_axes(tmp_path):
         assert text in words
     assert "simulated" not in words.lower()
     assert "accuracy" not in words.replace("say nothing of accuracy", "").replace(
-        report.write_report.__kwdefaults__["title"], ""
+        page.write_report.__kwdefaults__["title"], ""
     )
 
 
 def test_break_even_of_equal_and_of_crossing_twice():
-    assert summary.break_even({1e8: 2.0, 1e9: 1.0}, {1e8: 1.0, 1e9: 1.0}).stops[0][0] == pytest.approx(1e9)
-    twice = summary.break_even({1.0: 1.0, 10.0: 1.0, 100.0: 1.0}, {1.0: 10.0, 10.0: 0.1, 100.0: 10.0})
+    assert plans.break_even({1e8: 2.0, 1e9: 1.0}, {1e8: 1.0, 1e9: 1.0}).stops[0][0] == pytest.approx(1e9)
+    twice = plans.break_even({1.0: 1.0, 10.0: 1.0, 100.0: 1.0}, {1.0: 10.0, 10.0: 0.1, 100.0: 10.0})
     assert twice.starts[0][0] == pytest.approx(math.sqrt(10))
     assert twice.stops[0][0] == pytest.approx(10 * math.sqrt(10))
-    assert summary.break_even({}, {1.0: 1.0}).text == "not compared"
+    assert plans.break_even({}, {1.0: 1.0}).text == "not compared"
 
 
 def test_what_is_not_the_same_is_not_averaged():
     found = [run(lr=0.1), run(lr=0.2), run("int8", lr=0.1), run("int8", lr=0.2), run("int8", 1, lr=0.2)]
-    panels = summary.panels(found)
+    panels = training.panels(found)
     assert [panel.name for panel in panels] == ["digits, W = 4, lr 0.1", "digits, W = 4, lr 0.2"]
     assert [len(curve.runs) for panel in panels for curve in panel.curves] == [1, 1, 1, 2]
     found = [run(), run("terngrad", clip=2.5), run("terngrad", clip=4.0)]
-    assert [curve.label for curve in only(summary.panels(found)).curves] == [
+    assert [curve.label for curve in only(training.panels(found)).curves] == [
         "none",
         "terngrad, clip 2.5",
         "terngrad, clip 4.0",
     ]
-    panel = only(summary.panels([run(lr=0.1), run("int8", lr=0.2)]))
+    panel = only(training.panels([run(lr=0.1), run("int8", lr=0.2)]))
     assert panel.unequal == ("lr is 0.1 for none; 0.2 for int8",)
 
 
 def test_the_same_experiment_counts_once(tmp_path):
     old, new = run(accuracies=(0.1, 0.5, 0.6)), run()
     new["provenance"]["date"] = "2026-12-01"
-    kept, replaced = summary.newest([new, old])
+    kept, replaced = training.newest([new, old])
     assert (kept, replaced) == ([new], 1)
     _, words = written([new, old], tmp_path)
     assert "1 records were left out" in words
-    assert len(summary.newest([made_records.cluster("none")] * 2)[0]) == 2
+    assert len(training.newest([made_records.cluster("none")] * 2)[0]) == 2
 
 
 def test_runs_of_a_command():
     record = made_records.cluster("int8", seed=3)
-    found = summary.Run.of(record)
+    found = training.Run.of(record)
     assert (found.data, found.codec, found.seed, found.workers) == ("digits", "int8", 3, 4)
     assert found.options == {}
     assert found.clocks["100mbit/1ms"][-1] == record["history"][-1]["seconds"]
     record["config"]["codec"] = "terngrad"  # the configuration's word counts before the command's
-    assert summary.Run.of(record).codec == "terngrad"
+    assert training.Run.of(record).codec == "terngrad"
     record["config"] = {"command": ["./run.sh"], "ranks": 2, "link": "1gbit"}
-    assert (summary.Run.of(record).data, summary.Run.of(record).codec) == ("run.sh", "run.sh")
+    assert (training.Run.of(record).data, training.Run.of(record).codec) == ("run.sh", "run.sh")
 
 
 # The page
@@ -395,8 +398,8 @@ def test_a_single_run(tmp_path, drawn):
         for kind in ("png", "csv")
     }
     assert files["simulated-digits-step_parts.png"].read_bytes().startswith(b"\x89PNG")
-    page = Page(files["report.html"].read_text())
-    picture = base64.b64decode(page.sources[0].partition(";base64,")[2]).decode()
+    html = Page(files["report.html"].read_text())
+    picture = base64.b64decode(html.sources[0].partition(";base64,")[2]).decode()
     assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', picture))
     assert "simulated: bytes counted, time predicted" in words
@@ -436,12 +439,12 @@ def drawn_text(figure):
 
 def test_every_picture_says_its_mode():
     found = [run(seed=seed) for seed in (0, 1)]
-    panel = only(summary.panels(found))
-    look = figures.looks([panel])
-    with figures.style():
-        target = summary.target_of(panel)
-        drawings = [figures.against_bytes(panel, look), figures.against_time(panel, look)]
-        drawings += [figures.to_target(panel, target, look), figures.step_parts([panel])]
+    panel = only(training.panels(found))
+    look = looks.looks([panel])
+    with looks.style():
+        target = verdicts.target_of(panel)
+        drawings = [pictures.against_bytes(panel, look), pictures.against_time(panel, look)]
+        drawings += [pictures.to_target(panel, target, look), pictures.step_parts([panel])]
         for figure, _ in drawings:
             assert "simulated" in drawn_text(figure)
             assert "digits" in drawn_text(figure)
@@ -470,7 +473,7 @@ def test_mixed_commits_and_machines_are_said(tmp_path):
     _, words = written([run(), other], tmp_path)
     assert "The records come from 2 commits: abc1234, not recorded." in words
     assert "The records come from 2 machines: AMD EPYC (avx2), 2 cores, other, 8 cores." in words
-    assert summary.mixed([run(), run("int8")]) == []
+    assert words.mixed([run(), run("int8")]) == []
 
 
 def test_text_is_escaped(tmp_path, drawn):
@@ -491,14 +494,14 @@ def test_one_worker_sends_nothing_and_a_diverged_run_ends_nowhere(tmp_path):
 
 def test_nothing_to_report_on(tmp_path):
     with pytest.raises(ValueError, match="no records"):
-        report.write_report([], tmp_path)
+        page.write_report([], tmp_path)
     with pytest.raises(ValueError, match=r"record 1: config\.codec is missing"):
-        report.write_report([run(), changed(run(), ["config", "codec"], None)], tmp_path)
+        page.write_report([run(), changed(run(), ["config", "codec"], None)], tmp_path)
 
 
 def test_colours_are_told_apart():
     found = [run(codec) for codec in ("none", "fp16", "int8", "terngrad", "terngrad-noclip", "sign", "topk")]
-    look = figures.looks(summary.panels([*found, run(accumulate=11)]))
+    look = looks.looks(training.panels([*found, run(accumulate=11)]))
     assert len(look) == 8
     assert len({(each.color, each.marker, each.variant) for each in look.values()}) == 8
     assert look["none, step every 11"].color == look["none"].color
@@ -507,5 +510,5 @@ def test_colours_are_told_apart():
 def test_a_band_of_equal_values_holds_its_mean():
     """The mean of three equal numbers may round to beside them; a bar must not get a negative error."""
     for k in range(1, 2000):
-        found = summary.band([k * 0.0137] * 3)
+        found = training.band([k * 0.0137] * 3)
         assert found.low == found.mean == found.high

@@ -16,13 +16,15 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import terncomm
 from terncomm import Ternary
+from terncomm.cli import main
 from terncomm.exchange import float_traffic
 from terncomm.simulator.buckets import first_buckets, rebuilt_buckets
 from terncomm.simulator.links import Link
 from terncomm.simulator.profile import profile
+from terncomm.simulator.records import read
 from terncomm.simulator.reductions import Coded, reduction_for
 from terncomm.simulator.simulate import Experiment, simulate
-from terncomm.simulator.sweep import sweep
+from terncomm.simulator.sweep import sole_writer, sweep
 from terncomm.simulator.virtual import VirtualWorkers
 from terncomm.simulator.workloads import Options, Workload, load
 
@@ -255,6 +257,17 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     path.write_text(path.read_text() + "no record\n")
     with pytest.raises(ValueError, match="jsonl:4"):
         sweep(wanted, path)
+
+
+def test_two_sweeps_into_one_folder(tmp_path, capsys):
+    """The second is refused in one line while the first runs, and goes on from there after it."""
+    words = ["simulate", "--codecs", "none", "--workers", "2", "--epochs", "1", "--steps-per-epoch", "1"]
+    words += ["--out", str(tmp_path)]
+    with sole_writer(tmp_path):
+        assert main(words) == 2
+    assert f"another simulation is writing into {tmp_path}" in capsys.readouterr().err
+    assert main(words) == 0
+    assert [len(record["links"]) for record in read(tmp_path / "runs.jsonl")] == [4]
 
 
 def test_runs_side_by_side_are_the_runs_alone(tmp_path):

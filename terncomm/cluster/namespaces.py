@@ -9,7 +9,8 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from terncomm.simulator import interfaces
 
 INTERFACE = "e0"
 NEWNET = 0x40000000  # CLONE_NEWNET of sched.h
@@ -98,10 +99,7 @@ class Namespace:
 
 def traffic() -> tuple[int, int]:
     """Bytes that the interface has sent, and received, in the calling thread's namespace."""
-    lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
-    line = next(line for line in lines if line.strip().startswith(f"{INTERFACE}:"))
-    numbers = line.split(":")[1].split()
-    return int(numbers[8]), int(numbers[0])
+    return interfaces.traffic()[INTERFACE]
 
 
 def _current() -> int:

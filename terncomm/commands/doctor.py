@@ -90,9 +90,9 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
         tell("terncomm doctor: one rank sends nothing; start at least 2")
         return 2
     tell(f"MODE: measured. {world_size} ranks over gloo; about {args.seconds:.0f} s ...")
-    before = interfaces.sent_bytes()
+    before = interfaces.traffic()
     found = calibrate(dist.group.WORLD, budget_s=args.seconds / 2)
-    name = interfaces.busiest(before, interfaces.sent_bytes())
+    name = interfaces.busiest(before, interfaces.traffic())
     mine = [
         interfaces.machine_id(),
         socket.gethostname(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from terncomm.layers import GROUPS, structural
 from terncomm.simulator.fabric import GLOO, NCCL, Switched
-from terncomm.simulator.links import Link
+from terncomm.simulator.links import Link, rate_text
 from terncomm.simulator.networks import NETWORKS, Network, of_module, of_size, parse_count
 from terncomm.simulator.plan import DEVICES, WORTH, Job, advice, plan
 from terncomm.simulator.reductions import CODECS
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
             until = (
                 ""
                 if codec == "none"
-                else _rate(job.break_even(codec, workers, Switched(links[0], args.per_node, inside, software)))
+                else _until(job.break_even(codec, workers, Switched(links[0], args.per_node, inside, software)))
             )
             print(f"{codec:18}{mine[0]['sent_bytes'] / 1e6:10.2f}{cells}{until:>14}")
         for link in links:
@@ -122,12 +122,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rate(bits_per_s: float | None) -> str:
+def _until(bits_per_s: float | None) -> str:
     if bits_per_s is None:
         return "never"
-    if math.isinf(bits_per_s):
-        return "any rate"
-    for unit, size in (("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
-        if bits_per_s >= size:
-            return f"{bits_per_s / size:.3g} {unit}"
-    return f"{bits_per_s:.3g} bit/s"
+    return "any rate" if math.isinf(bits_per_s) else rate_text(bits_per_s)

@@ -19,7 +19,7 @@ def main(args: argparse.Namespace) -> int:
     from terncomm.simulator import records
 
     try:
-        from terncomm.simulator.report import write_report
+        from terncomm.report.page import write_report
     except ModuleNotFoundError as error:
         raise ValueError(f"pictures need matplotlib ({error}): pip install 'terncomm[plot]'") from None
     found = records.load(args.paths)

@@ -7,10 +7,10 @@ from pathlib import Path
 from terncomm.simulator.fabric import GLOO
 from terncomm.simulator.links import Link
 from terncomm.simulator.profile import time_records
+from terncomm.simulator.records import label_of
 from terncomm.simulator.reductions import CODECS
 from terncomm.simulator.simulate import Experiment
-from terncomm.simulator.summary import label_of
-from terncomm.simulator.sweep import sweep, write
+from terncomm.simulator.sweep import sole_writer, sweep, write
 from terncomm.simulator.workloads import Options
 from terncomm.simulator.workloads import add_arguments as add_data_arguments
 
@@ -100,11 +100,11 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--per-node must be at least 1, got {args.per_node}")
     path = args.out / "runs.jsonl"
     print(f"MODE: simulated. {len(wanted)} runs, {args.jobs} at a time; records in {path}", flush=True)
-    records = sweep(wanted, path, jobs=args.jobs, tell=lambda line: print(line, flush=True))
-    print("timing one worker of each kind on this machine, for the prediction on links ...", flush=True)
-    fabric = {"per_node": args.per_node, "inside": inside, "software": GLOO}
-    if time_records(records, wanted, links, **fabric):
-        write(path, records)
+    with sole_writer(args.out):
+        records = sweep(wanted, path, jobs=args.jobs, tell=lambda line: print(line, flush=True))
+        print("timing one worker of each kind on this machine, for the prediction on links ...", flush=True)
+        for record in time_records(records, wanted, links, per_node=args.per_node, inside=inside, software=GLOO):
+            write(path, [record])
     print()
     head = "".join(f"{'step on ' + link.name:>20}" for link in links)
     print(f"{'data':10} {'W':>3} {'codec':24} {'seed':>4} {'test loss':>9} {'accuracy':>8} {'MB/worker':>10}{head}")

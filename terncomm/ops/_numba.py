@@ -18,6 +18,7 @@ I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
 
 GROUP = 64  # columns of a planar block, and lanes of a float sum
 CHUNK = 4096  # elements summed in float32 before float64 takes over
+BYTES = 1024  # codes of a byte each that are added up at a time
 
 _GOLDEN = U32(0x9E3779B9)
 _C1, _C2 = U32(0x21F0AAAD), U32(0x735A2D97)
@@ -324,10 +325,34 @@ def encode_pack(
         done += size
 
 
+@_inline
+def _sum_bytes(rows, begin, count, bias, out, at):
+    """Bytes [begin, begin + count) of every row, added up, plus `bias` -> out[at : at + count]."""
+    whole = count - count % GROUP
+    for r in range(rows.shape[0]):
+        if r == 0:
+            for i in range(0, whole, GROUP):
+                for j in range(GROUP):
+                    out[U64(at + i) + U64(j)] = I32(I32(rows[0, U64(begin + i) + U64(j)]) + bias)
+            for i in range(whole, count):
+                out[at + i] = I32(I32(rows[0, begin + i]) + bias)
+        else:
+            for i in range(0, whole, GROUP):
+                for j in range(GROUP):
+                    out[U64(at + i) + U64(j)] += I32(rows[U64(r), U64(begin + i) + U64(j)])
+            for i in range(whole, count):
+                out[at + i] += I32(rows[r, begin + i])
+
+
 @_jit("void(uint8[:, ::1], int32, int64, int64, int64, int32[::1])")
 def unpack_sum(rows, low, radix, digits, word_bytes, out):
     """Packed rows (R, k) -> the sum over rows of their codes, (m,)."""
     length = len(out)
+    if digits == 1 and word_bytes == 1:
+        for begin in range(0, length, BYTES):
+            count = min(length - begin, I64(BYTES))
+            _sum_bytes(rows, begin, count, I32(low * I32(rows.shape[0])), out, begin)
+        return
     block = np.empty(digits * GROUP, np.int32)
     cur, wide = np.zeros(GROUP, np.uint32), np.zeros(2 * GROUP, np.uint64)
     begin = 0
@@ -399,6 +424,18 @@ def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, drop, at, 
 )
 def unpack_decode(rows, low, radix, digits, word_bytes, offsets, starts, unit, begin, end, length, out):
     """`decode` of `unpack_sum`, a block at a time; the rows hold `length` codes each, from dense element `begin`."""
+    if begin >= end:
+        return
+    if digits == 1 and word_bytes == 1:
+        totals = np.empty(BYTES, np.int32)
+        s = _find(starts, begin)
+        for at in range(begin, end, BYTES):
+            stop = min(at + BYTES, end)
+            _sum_bytes(rows, at - begin, stop - at, I32(low * I32(rows.shape[0])), totals, 0)
+            while starts[s + 1] <= at:
+                s += 1
+            _scale_out(totals, offsets, starts, unit, s, at, stop, out)
+        return
     block = np.empty(digits * GROUP, np.int32)
     cur, wide = np.zeros(GROUP, np.uint32), np.zeros(2 * GROUP, np.uint64)
     five = rows.shape[0] == 1 and digits == 5 and word_bytes <= 2

@@ -31,18 +31,19 @@ def bits_per_s(name: str) -> float | None:
     return megabits * 1e6 if megabits > 0 else None
 
 
-def sent_bytes() -> dict[str, int]:
-    """Name -> bytes sent since it is up."""
+def traffic() -> dict[str, tuple[int, int]]:
+    """Name -> bytes sent and received since it is up, of the interfaces in the calling thread's namespace."""
     found = {}
-    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
+    for line in Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]:
         name, _, numbers = line.partition(":")
-        found[name.strip()] = int(numbers.split()[8])
+        counts = numbers.split()
+        found[name.strip()] = int(counts[8]), int(counts[0])
     return found
 
 
-def busiest(before: dict[str, int], after: dict[str, int]) -> str:
-    """The interface that sent most between two readings of :func:`sent_bytes`."""
-    return max(after, key=lambda name: after[name] - before.get(name, 0))
+def busiest(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> str:
+    """The interface that sent most between two readings of :func:`traffic`."""
+    return max(after, key=lambda name: after[name][0] - before.get(name, (0, 0))[0])
 
 
 def missing(variable: str, value: str) -> str | None:

@@ -100,3 +100,16 @@ PRESETS = {
         Link("wan-50ms", 100e6, delay_s=0.025),  # 50 ms there and back
     )
 }
+
+
+def rate_text(bits_per_s: float) -> str:
+    """A rate with its unit, in two digits.
+
+    >>> rate_text(3.21e9), rate_text(96.1e6)
+    ('3.2 Gbit/s', '96 Mbit/s')
+    """
+    for size, unit in ((1e12, "Tbit/s"), (1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")):
+        if bits_per_s >= 0.9995 * size:
+            value = bits_per_s / size
+            return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.2g} {unit}"
+    return f"{bits_per_s:g} bit/s"

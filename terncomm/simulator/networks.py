@@ -27,12 +27,14 @@ class Parameter:
         shape: of the tensor.
         flops: of the forward pass through its layer, per sample; a layer's weight carries all of it.
         kind: "embedding" or "head" for what terncomm sends exactly by default, else "".
+        dtype: of the tensor, and so of its gradient.
     """
 
     name: str
     shape: tuple[int, ...]
     flops: float = 0.0
     kind: str = ""
+    dtype: torch.dtype = torch.float32
 
     @property
     def numel(self) -> int:
@@ -138,7 +140,7 @@ def of_module(
         inputs = (example,) if isinstance(example, torch.Tensor) else example
         flops = {p: count / len(inputs[0]) for p, count in _count(model, inputs).items()}
         sample = " and ".join(" x ".join(map(str, x.shape[1:])) or "scalar" for x in inputs)
-    parameters = tuple(Parameter(n, tuple(p.shape), flops.get(p, 0.0), kinds.get(p, "")) for n, p in named)
+    parameters = tuple(Parameter(n, tuple(p.shape), flops.get(p, 0.0), kinds.get(p, ""), p.dtype) for n, p in named)
     return Network(name, name, f"{type(model).__name__}, given as a module", batch_size, parameters, sample)
 
 

@@ -137,10 +137,10 @@ class Job:
         return float(10**low)
 
     @cached_property
-    def _laid_out(self) -> tuple[Compute, list[tuple[Segments, Segments]]]:
-        """What is computed when, and the layers of each bucket, as gradients are ready: the last layer's first."""
+    def _laid_out(self) -> tuple[Compute, list[tuple[Segments, Segments, int]]]:
+        """What is computed when; layers and itemsize of each bucket, in the order in which gradients are ready."""
         network = self.network
-        named = [(p.name, nn.Parameter(torch.empty(p.shape, device="meta"))) for p in network.parameters]
+        named = [(p.name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"))) for p in network.parameters]
         layers = Layers(named, skip=[clean(p.name) for p in network.parameters if p.kind])
         total_s = self.compute_s
         if total_s is None:
@@ -152,7 +152,9 @@ class Job:
             ready_s[parameter] = backward_s * done / (network.flops or 1.0)
         buckets = rebuilt_buckets(list(ready_s), self.bucket_cap_mb)
         ready = tuple(max(ready_s[parameter] for parameter in bucket) for bucket in buckets)
-        return Compute(total_s / 3, ready, backward_s), [layers.of_bucket(bucket) for bucket in buckets]
+        return Compute(total_s / 3, ready, backward_s), [
+            (*layers.of_bucket(bucket), bucket[0].itemsize) for bucket in buckets
+        ]
 
     @cached_property
     def _known(self) -> dict[tuple[str, int], list[Load]]:
@@ -161,7 +163,9 @@ class Job:
     def _loads(self, codec: str, workers: int) -> list[Load]:
         if (codec, workers) not in self._known:
             reduction = reduction_for(codec)
-            self._known[codec, workers] = [load_of(*layers, reduction, workers) for layers in self._laid_out[1]]
+            self._known[codec, workers] = [
+                load_of(coded, exact, reduction, workers, itemsize) for coded, exact, itemsize in self._laid_out[1]
+            ]
         return self._known[codec, workers]
 
 

@@ -22,10 +22,10 @@ class Load(NamedTuple):
     cost_s: tuple[float, float, float] | None = None
 
 
-def load_of(coded: Segments, exact: Segments, reduction: Reduction, world_size: int) -> Load:
-    """The load of a bucket with these layers."""
+def load_of(coded: Segments, exact: Segments, reduction: Reduction, world_size: int, itemsize: int = 4) -> Load:
+    """The load of a bucket with these layers, of `itemsize` bytes an element."""
     elements = coded.numel + (exact.numel if reduction.whole else 0)
-    return Load(tuple(reduction.messages(coded, exact, world_size)), elements)
+    return Load(tuple(reduction.messages(coded, exact, world_size, itemsize)), elements)
 
 
 def predict(

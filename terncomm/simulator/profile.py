@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -110,13 +110,12 @@ def _forever(run: Run) -> Any:
 
 def time_records(
     records: Sequence[dict[str, Any]], experiments: Sequence[Experiment], links: Sequence[Link], **fabric: Any
-) -> int:
-    """Write the predicted step times on `links` into the records of these experiments; how many had none of them yet.
+) -> Iterator[dict[str, Any]]:
+    """Put the predicted step times on `links` into the records of these experiments; yield each that had them not.
 
     Runs that differ in their seed alone are timed once.
     """
     known: dict[str, Profile] = {}
-    changed = 0
     for record, experiment in zip(records, experiments, strict=True):
         inside = fabric.get("inside")
         asked = fabric.get("per_node", 1), inside.name if inside else None, fabric.get("software", GLOO).name
@@ -127,5 +126,4 @@ def time_records(
         if identity not in known:
             known[identity] = profile(experiment)
         record["links"] = [known[identity].on(link, **fabric) for link in links]
-        changed += 1
-    return changed
+        yield record

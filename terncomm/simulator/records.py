@@ -99,6 +99,16 @@ def check(record: Any) -> None:
         _counts(config, "config.", "accumulate", low=1)
 
 
+def label_of(codec: str, accumulate: int, options: dict[str, str]) -> str:
+    """How a curve is called in legends and tables.
+
+    >>> label_of("none", 11, {})
+    'none, step every 11'
+    """
+    every = [f"step every {accumulate}"] if accumulate > 1 else []
+    return ", ".join([codec, *every, *(f"{key} {value}" for key, value in options.items())])
+
+
 def rate_and_delay(record: Record) -> tuple[float, float]:
     """Bits per second and one-way delay of a plan record's link.
 

@@ -23,8 +23,8 @@ class Reduction(Protocol):
     def reduce(self, flat: torch.Tensor, coded: Segments, exact: Segments, transport: Transport, key: Key) -> None:
         """Replace `flat` (n,) by its mean, the same on every worker; `coded` and `exact` are the layers in it."""
 
-    def messages(self, coded: Segments, exact: Segments, world_size: int) -> list[Message]:
-        """The collective calls of a float32 bucket with these layers, for the prediction of time."""
+    def messages(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Message]:
+        """The collective calls of a bucket with these layers, of `itemsize` bytes an element: to predict time."""
 
     @property
     def whole(self) -> bool:
@@ -47,9 +47,9 @@ class Exact:
         if sent is not flat:
             flat.copy_(sent)
 
-    def messages(self, coded: Segments, exact: Segments, world_size: int) -> list[Message]:
+    def messages(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Message]:
         """A ring all-reduce, as the back ends have it."""
-        nbytes = (coded.numel + exact.numel) * self.dtype.itemsize
+        nbytes = (coded.numel + exact.numel) * min(self.dtype.itemsize, itemsize)
         return [Message("all_reduce", -(-2 * nbytes // world_size))]
 
     @property
@@ -69,9 +69,9 @@ class Coded:
         codec = self.codec if len(coded) else None
         all_reduce_mean(flat, coded, codec, transport, key=key, exact=exact)
 
-    def messages(self, coded: Segments, exact: Segments, world_size: int) -> list[Message]:
+    def messages(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Message]:
         """See :class:`Reduction`."""
-        return messages(coded, self.codec if len(coded) else None, world_size, exact=exact)
+        return messages(coded, self.codec if len(coded) else None, world_size, exact=exact, itemsize=itemsize)
 
     @property
     def whole(self) -> bool:

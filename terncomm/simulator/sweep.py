@@ -2,13 +2,15 @@
 
 import concurrent.futures
 import ctypes
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ import torch
 
 from terncomm.simulator import records
 from terncomm.simulator.simulate import Experiment, simulate
-from terncomm.simulator.summary import label_of
 from terncomm.simulator.workloads import load
 
 Record = dict[str, Any]
@@ -66,10 +67,32 @@ def sweep(
     return [known[identity] for identity in wanted]
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Inside, no other process is in such a block for this folder. It is made if need be, and not left empty.
+
+    Raises:
+        BlockingIOError: another one is.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(f"another simulation is writing into {folder}: wait, or choose another folder") from None
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):  # as soon as one is not empty
+            for each in made:
+                each.rmdir()
+
+
 def describe(record: Record) -> str:
     """One line: what was run, and how it ended."""
     config, last = record["config"], record["history"][-1]
-    codec = label_of(config["codec"], config["accumulate"], {})
+    codec = records.label_of(config["codec"], config["accumulate"], {})
     loss = "diverged" if last["test_loss"] is None else f"test loss {last['test_loss']:.4f}"
     accuracy = "" if last["test_accuracy"] is None else f"  accuracy {last['test_accuracy']:6.2%}"
     return (

@@ -11,28 +11,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from terncomm.simulator import figures
-from terncomm.simulator.figures import Drawn, Row
+from terncomm.report import looks, pictures
+from terncomm.report.pictures import Drawn, Row
+from terncomm.report.plans import Plan, plans
+from terncomm.report.training import Band, Panel, band, command_options, newest, panels, script
+from terncomm.report.verdicts import VERDICT_RULE, target_of, verdict
+from terncomm.report.words import MODE_TEXT, link_label, mixed, provenance
+from terncomm.simulator.links import rate_text
 from terncomm.simulator.records import Record, check
-from terncomm.simulator.summary import (
-    MODE_TEXT,
-    VERDICT_RULE,
-    Band,
-    Panel,
-    Plan,
-    band,
-    command_options,
-    link_label,
-    mixed,
-    newest,
-    panels,
-    plans,
-    provenance,
-    rate_text,
-    script,
-    target_of,
-    verdict,
-)
 
 _CSS = """
 body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a;
@@ -98,7 +84,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     body = [f"<h1>{_escape(title)}</h1>", *_header(kept, replaced)]
     written: list[Path] = []
-    with figures.style():
+    with looks.style():
         for mode in ("simulate", "cluster"):
             of_mode = [panel for panel in trained if panel.mode == mode]
             measured = [record for record in kept if record["mode"] == mode == "cluster"]
@@ -108,7 +94,7 @@ def write_report(
             if of_mode:
                 body.append(f"<p><small>{_escape(VERDICT_RULE)}</small></p>")
             body += _measured(measured)
-            look = figures.looks(trained, planned)
+            look = looks.looks(trained, planned)
             for picture in _pictures(of_mode, measured, look, target, target_loss):
                 written += _save(picture, out)
                 body.append(_figure(picture, mode))
@@ -116,7 +102,7 @@ def write_report(
             body += ["<h2>Plans</h2>", _mode("plan")]
         for plan in planned:
             body += _break_even_table(plan)
-            for picture in _plan_pictures(plan, figures.looks(trained, planned)):
+            for picture in _plan_pictures(plan, looks.looks(trained, planned)):
                 written += _save(picture, out)
                 body.append(_figure(picture, "plan"))
     page = out / "report.html"
@@ -127,7 +113,7 @@ def write_report(
 def _pictures(
     trained: Sequence[Panel],
     measured: Sequence[Record],
-    look: figures.Looks,
+    look: looks.Looks,
     accuracy: float | None,
     loss: float | None,
 ) -> Iterator[Picture]:
@@ -139,25 +125,25 @@ def _pictures(
             yield _picture(
                 (*stem, f"{name}_vs_bytes"),
                 f"{panel.name}: {what.lower()} against bytes.",
-                figures.against_bytes(panel, look),
+                pictures.against_bytes(panel, look),
             )
         if any(_moves(panel, link) for link in panel.links):
             yield _picture(
                 (*stem, f"{name}_vs_time"),
                 f"{panel.name}: {what.lower()} against time.",
-                figures.against_time(panel, look),
+                pictures.against_time(panel, look),
             )
         target = target_of(panel, accuracy, loss)
         if target:
             caption = f"{panel.name}: what {target.text} takes ({target.why})."
-            yield _picture((*stem, "to_target"), caption, figures.to_target(panel, target, look))
+            yield _picture((*stem, "to_target"), caption, pictures.to_target(panel, target, look))
     for data in dict.fromkeys(panel.data for panel in trained if panel.mode == "simulate" and panel.links):
         group = [panel for panel in trained if panel.data == data and panel.links]
         caption = f"{data}: predicted time of a step by parts."
-        yield _picture(("simulated", data, "step_parts"), caption, figures.step_parts(group))
+        yield _picture(("simulated", data, "step_parts"), caption, pictures.step_parts(group))
     whole = panels(measured, whole_runs=True)
     if whole:
-        yield _picture(("measured", "seconds"), "Seconds of whole runs.", figures.cluster_seconds(whole))
+        yield _picture(("measured", "seconds"), "Seconds of whole runs.", pictures.cluster_seconds(whole))
 
 
 def _moves(panel: Panel, link: str | None) -> bool:
@@ -165,15 +151,15 @@ def _moves(panel: Panel, link: str | None) -> bool:
     return any(x.mean > 0 for curve in panel.curves for _, x, _ in curve.points("test_loss", link))
 
 
-def _plan_pictures(plan: Plan, look: figures.Looks) -> Iterator[Picture]:
+def _plan_pictures(plan: Plan, look: looks.Looks) -> Iterator[Picture]:
     if len(plan.rates) > 1:
         caption = f"{plan.name}: time of a step against the rate of a link, and where codecs stop to pay."
-        yield _picture(("planned", plan.name, "break_even"), caption, figures.break_evens(plan, look))
+        yield _picture(("planned", plan.name, "break_even"), caption, pictures.break_evens(plan, look))
     if len(plan.workers) > 1:
         caption = f"{plan.name}: throughput against workers."
-        yield _picture(("planned", plan.name, "throughput"), caption, figures.throughput(plan, look))
+        yield _picture(("planned", plan.name, "throughput"), caption, pictures.throughput(plan, look))
     caption = f"{plan.name}: predicted time of a step by parts."
-    yield _picture(("planned", plan.name, "step_parts"), caption, figures.plan_parts(plan))
+    yield _picture(("planned", plan.name, "step_parts"), caption, pictures.plan_parts(plan))
 
 
 def _picture(words: tuple[str, ...], caption: str, drawn: Drawn) -> Picture:
