@@ -137,3 +137,13 @@ def matching(skip: Collection[str], names: Iterable[str]) -> set[str]:
             raise ValueError(f"skip={pattern!r} matches no parameter that requires a gradient; there are: {known}")
         found.update(hits)
     return found
+
+
+def in_memory_order(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`flat` in the shape of the parameter, elements in the order in which it holds them, as in DDP's buckets."""
+    dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
+    return (
+        flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())
+        if dense
+        else flat.view(parameter.shape)
+    )

@@ -9,7 +9,7 @@ from terncomm.codecs import Codec
 from terncomm.keys import Key
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
-from terncomm.transports import LocalTransport, Metered
+from terncomm.transports import LocalTransport, Metered, Transport
 
 FALSE_ALARM = 1e-6  # two-sided probability that a sound codec fails one z-test
 Z_LIMIT = -torch.special.ndtri(torch.tensor(FALSE_ALARM / 2, dtype=torch.float64)).item()
@@ -25,6 +25,20 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     both_nan = a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
     return bool(((a == b) | both_nan).all())
+
+
+def octets(rank: int, *shape: int) -> torch.Tensor:
+    """Bytes that a rank may send."""
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(rank), dtype=torch.uint8)
+
+
+def rows_in_rank_order(transport: Transport, k: int) -> None:
+    """Both collectives of a transport, with rows of `k` bytes; every rank calls it."""
+    rank, world_size = transport.rank, transport.world_size
+    gathered = transport.all_gather(octets(rank, k))
+    assert torch.equal(gathered, torch.stack([octets(r, k) for r in range(world_size)]))
+    swapped = transport.all_to_all(octets(rank, world_size, k))
+    assert torch.equal(swapped, torch.stack([octets(r, world_size, k)[rank] for r in range(world_size)]))
 
 
 def reduce(

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # tests/run.sh [options and paths for pytest, from the repository root]: set up, then formatting, lint, types, all tests.
+# Without options two files of tests run at a time, and then, alone, those that measure limited links.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -11,4 +12,9 @@ step() { echo "== $*" && "$@"; }
 step ruff format --check .
 step ruff check .
 step mypy
-step pytest "$@"
+if [ $# -gt 0 ]; then
+    step pytest "$@"
+else
+    step pytest -n 2 --dist loadfile -m "not root"
+    step pytest -m root
+fi

@@ -741,7 +741,7 @@ EXEMPT = {"words.weight", "head.weight"}
         ({"min_numel": 1025}, {"body.2.weight"}),
         ({"min_numel": 0}, {*BODY, "small.weight", "back.weight"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_which_parameters_are_coded(on_ranks, options, coded):
     for said, found, (coded_numel, exact_numel), sizes in on_ranks(2, coded_parameters, options):

@@ -128,10 +128,10 @@ def another_bucket_size(how):
 
 
 def another_version():
-    from terncomm.hooks import state
+    from terncomm.hooks import averaging
 
     if dist.get_rank() == VICTIM:
-        state.__version__ = "0.0.9"
+        averaging.__version__ = "0.0.9"
     terncomm.register(DistributedDataParallel(network()), "int8")
 
 

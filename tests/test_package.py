@@ -77,7 +77,8 @@ def test_import_terncomm_loads_torch_and_nothing_heavier(heavy):
 
 
 def test_public_names():
-    assert sorted(terncomm.__all__) == ["Codec", "CommState", "Int8", "Ternary", "__version__", "comm_hook", "register"]
+    wanted = ["Codec", "CommState", "GradientAverager", "Int8", "Ternary", "__version__", "comm_hook"]
+    assert sorted(terncomm.__all__) == [*wanted, "reduce_gradients", "register"]
     for name in terncomm.__all__:
         thing = getattr(terncomm, name)
         assert name == "__version__" or thing.__doc__, name

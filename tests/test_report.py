@@ -13,6 +13,7 @@ import made_records
 import pytest
 
 from terncomm.report import looks, page, pictures, plans, training, verdicts
+from terncomm.report.words import mixed
 from terncomm.simulator import records
 
 
@@ -473,7 +474,7 @@ def test_mixed_commits_and_machines_are_said(tmp_path):
     _, words = written([run(), other], tmp_path)
     assert "The records come from 2 commits: abc1234, not recorded." in words
     assert "The records come from 2 machines: AMD EPYC (avx2), 2 cores, other, 8 cores." in words
-    assert words.mixed([run(), run("int8")]) == []
+    assert mixed([run(), run("int8")]) == []
 
 
 def test_text_is_escaped(tmp_path, drawn):

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
+from laws import octets, rows_in_rank_order
 
 from terncomm.transports import LocalTransport, Metered, RankFailed
-
-
-def octets(rank: int, *shape: int) -> torch.Tensor:
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(rank), dtype=torch.uint8)
 
 
 @pytest.mark.conformance
@@ -15,17 +12,7 @@ def octets(rank: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("world_size", range(1, 10))
 def test_rows_arrive_in_rank_order(world_size, wrap):
     for k in (0, 1, 7, 1000):
-
-        def work(transport, k=k):
-            transport = wrap(transport)
-            rank = transport.rank
-            gathered = transport.all_gather(octets(rank, k))
-            swapped = transport.all_to_all(octets(rank, world_size, k))
-            return gathered, swapped
-
-        for rank, (gathered, swapped) in enumerate(LocalTransport.run(world_size, work)):
-            assert torch.equal(gathered, torch.stack([octets(r, k) for r in range(world_size)]))
-            assert torch.equal(swapped, torch.stack([octets(r, world_size, k)[rank] for r in range(world_size)]))
+        LocalTransport.run(world_size, lambda transport, k=k: rows_in_rank_order(wrap(transport), k))
 
 
 def test_metered_counts_what_goes_to_others():

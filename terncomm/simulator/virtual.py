@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from terncomm.keys import Key
-from terncomm.layers import Layers
+from terncomm.layers import Layers, in_memory_order
 from terncomm.segments import Segments
 from terncomm.simulator.buckets import first_buckets, rebuilt_buckets
 from terncomm.simulator.reductions import Reduction
@@ -155,7 +155,7 @@ class VirtualWorkers:
                 elif parameter.grad.layout != torch.strided:
                     raise ValueError("a simulation has no sparse gradients; make the embedding with sparse=False")
                 else:
-                    _in_memory_order(into, parameter).copy_(parameter.grad)
+                    in_memory_order(into, parameter).copy_(parameter.grad)
                 place += parameter.numel()
 
     def _exchange(self) -> None:
@@ -180,7 +180,7 @@ class VirtualWorkers:
             place = bucket.begin
             for parameter in bucket.parameters:
                 mean = self._gradients[0, place : place + parameter.numel()]
-                parameter.grad = _in_memory_order(mean, parameter).clone()
+                parameter.grad = in_memory_order(mean, parameter).clone()
                 place += parameter.numel()
         if self.exchanges == 1:
             names = zip(self.layers.names, self.parameters, strict=True)
@@ -199,16 +199,6 @@ class VirtualWorkers:
                 if power > 0:
                     found.append(float(error / power))
         return sum(found) / len(found) if found else 0.0
-
-
-def _in_memory_order(flat: Tensor, parameter: Tensor) -> Tensor:
-    """`flat` in the shape of the parameter, elements in the order in which it holds them, as in DDP's buckets."""
-    dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
-    return (
-        flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())
-        if dense
-        else flat.view(parameter.shape)
-    )
 
 
 def _on_gradient(parameter: Tensor, note: Callable[[Tensor], None]) -> Any:

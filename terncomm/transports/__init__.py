@@ -3,6 +3,7 @@
 from terncomm.transports.base import RankFailed, Transport
 from terncomm.transports.local import LocalTransport
 from terncomm.transports.metered import Metered
+from terncomm.transports.mpi import MPITransport
 from terncomm.transports.process_group import ProcessGroupTransport
 
-__all__ = ["LocalTransport", "Metered", "ProcessGroupTransport", "RankFailed", "Transport"]
+__all__ = ["LocalTransport", "MPITransport", "Metered", "ProcessGroupTransport", "RankFailed", "Transport"]

@@ -1,0 +1,297 @@
+"""Gradients of any training loop, averaged over any transport: MPI, a process group, threads. DDP is not needed."""
+
+import zlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from terncomm.codecs import Codec
+from terncomm.hooks.agreement import agree_on
+from terncomm.hooks.averaging import Averaging
+from terncomm.hooks.connection import Connection, connect
+from terncomm.layers import GROUPS, in_memory_order
+from terncomm.transports import Metered, Transport
+
+Gradient = torch.Tensor | np.ndarray
+Parameters = nn.Module | Mapping[str, Gradient] | Iterable[Gradient] | Iterable[tuple[str, Gradient]]
+
+_CACHE = "_terncomm_averagers"
+
+
+class GradientAverager(Averaging):
+    """Replaces gradients by their compressed mean over ranks, after each backward pass, on the calling thread.
+
+    For one seed the result is that of the DDP hook, bit for bit, on every transport. Collective: every rank makes one
+    with the same arguments, and calls :meth:`reduce` equally often.
+
+    Args:
+        params: a module; or its parameters, with names or without. Embeddings and the output head are found in a module
+            alone; with a list of parameters, name them in `skip`.
+        codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
+        transport: a :class:`terncomm.transports.Transport`, or a process group; by default the default process group.
+        bucket_cap_mb: gradients are reduced in buckets of at most so many MiB; the result does not depend on it.
+
+    Raises:
+        TypeError, ValueError: `params` or an option cannot be.
+        ConfigurationsDiffer: ranks were given different arguments.
+
+    >>> from terncomm.transports import LocalTransport
+    >>> def work(transport):
+    ...     weight = nn.Parameter(torch.zeros(2, 2))
+    ...     averager = GradientAverager([weight], "int8", transport)
+    ...     weight.grad = torch.full((2, 2), float(transport.rank))
+    ...     averager.reduce()
+    ...     return weight.grad.tolist()
+    >>> LocalTransport.run(2, work)
+    [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]]
+    """
+
+    _OWN = (*Averaging._OWN, "_connection", "_scratch", "_failed")
+
+    def __init__(
+        self,
+        params: Parameters,
+        codec: str | Codec = "terngrad",
+        transport: Transport | dist.ProcessGroup | None = None,
+        *,
+        skip: Collection[str] = (),
+        min_numel: int = 1024,
+        warmup_steps: int = 0,
+        exchange: str = "auto",
+        seed: int = 0,
+        exempt: Collection[str] = GROUPS,
+        bucket_cap_mb: float = 25.0,
+    ) -> None:
+        if not bucket_cap_mb > 0:
+            raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
+        named = _named(params)
+        if strange := [name for name, each in named if not isinstance(each, nn.Parameter)]:
+            raise TypeError(f"wanted parameters, got a gradient, {strange[0]}: give gradients to reduce_gradients")
+        parameters = dict(cast(list[tuple[str, nn.Parameter]], named))
+        super().__init__(
+            codec,
+            skip=skip,
+            min_numel=min_numel,
+            warmup_steps=warmup_steps,
+            exchange=exchange,
+            seed=seed,
+            exempt=exempt,
+            named_parameters=parameters.items(),
+        )
+        if isinstance(params, nn.Module):
+            self._layers.adopt(params)
+        self._parameters = list(self._layers.numbers)
+        if not self._parameters:
+            raise ValueError("no parameter requires a gradient: there is nothing to reduce")
+        self._cap_bytes = bucket_cap_mb * 2**20
+        self._join(transport)
+
+    def _detach(self) -> None:
+        super()._detach()
+        self._connection: Connection | None = None
+        self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._failed: Exception | None = None
+
+    def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
+        """Meet the other ranks, and see that they are configured alike."""
+        shapes = ", ".join(f"{tuple(parameter.shape)} {parameter.dtype}" for parameter in self._parameters)
+        total = sum(parameter.numel() for parameter in self._parameters)
+        held = f"{len(self._parameters)} tensors of {total} elements (shapes {zlib.crc32(shapes.encode()):08x})"
+        configuration = {**self._configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
+        home = self._parameters[0].device
+        if transport is None or isinstance(transport, dist.ProcessGroup):
+            group = transport or dist.distributed_c10d._get_default_group()
+            self._connection = connect(group, home, configuration)
+            self._transport = self._connection.transport
+        else:
+            self._transport = Metered(transport)
+            device = torch.device("cpu") if home.type == "meta" else home
+            agree_on(configuration, self._transport, device=device)
+        self._sent_before = self._transport.sent_bytes
+
+    def reduce(self) -> None:
+        """Replace the gradient of every parameter by its mean over ranks; one that is None counts as zeros.
+
+        Raises:
+            RankFailed: another rank failed or does not come.
+            RanksDiffer: ranks are not in step.
+            RuntimeError: an earlier reduction failed; start again from a checkpoint.
+        """
+        gradients = []
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, requires_grad=False)
+            gradients.append(parameter.grad)
+        for parameter, mean in zip(self._parameters, self._reduce(gradients), strict=True):
+            parameter.grad = mean
+
+    def _reduce(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients in the order of the parameters -> their means: the same tensors, but for sparse ones."""
+        if self._failed is not None:
+            raise RuntimeError(f"an earlier gradient reduction failed: {self._failed}") from self._failed
+        assert self._transport is not None, "a copy of an averager has no transport; make a new one"
+        self._begin_step()
+        index = 0
+        try:
+            for index, places in enumerate(self._buckets(gradients)):
+                parameters = [self._parameters[place] for place in places]
+                mine = [gradients[place] for place in places]
+                if mine[0].layout == torch.strided:
+                    flat, views = self._gathered(mine, parameters)
+                    self._work(flat, parameters, index, self._transport)()
+                    torch._foreach_copy_([_real(each) for each in mine], views)
+                else:
+                    gradients[places[0]] = self._work(mine[0], parameters, index, self._transport)()
+        except Exception as error:
+            self._failed = error
+            if self._connection is None:
+                raise
+            where = f"bucket {index} of step {self._step}, {self._clock.phase}"
+            failure = self._connection.fail(error, where)
+            raise failure from (None if failure is error else error)
+        return gradients
+
+    def _buckets(self, gradients: list[torch.Tensor]) -> list[list[int]]:
+        """Places in the list of parameters that are reduced together: the last first, a sparse gradient by itself."""
+        buckets: list[list[int]] = []
+        room: dict[tuple[torch.dtype, torch.device], tuple[list[int], float]] = {}
+        for place in reversed(range(len(gradients))):
+            gradient = gradients[place]
+            if gradient.layout != torch.strided:
+                buckets.append([place])
+                continue
+            kind = gradient.dtype.to_real(), gradient.device
+            bucket, left = room.get(kind, ([], 0.0))
+            if gradient.nbytes > left:
+                bucket, left = [], self._cap_bytes
+                buckets.append(bucket)
+            bucket.append(place)
+            room[kind] = bucket, left - gradient.nbytes
+        return buckets
+
+    def _gathered(
+        self, gradients: list[torch.Tensor], parameters: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A buffer with these gradients one after another, as they lie in DDP's buckets, and a view of each in it."""
+        kind = gradients[0].dtype.to_real(), gradients[0].device
+        reals = [_real(gradient) for gradient in gradients]
+        total = sum(real.numel() for real in reals)
+        if kind not in self._scratch or self._scratch[kind].numel() < total:
+            self._scratch[kind] = torch.empty(total, dtype=kind[0], device=kind[1])
+        flat, place, views = self._scratch[kind][:total], 0, []
+        for real, parameter in zip(reals, parameters, strict=True):
+            piece = flat[place : place + real.numel()]
+            views.append(piece.view(real.shape) if parameter.is_complex() else in_memory_order(piece, parameter))
+            place += real.numel()
+        torch._foreach_copy_(views, reals)
+        return flat, views
+
+
+def reduce_gradients(
+    params: Parameters,
+    codec: str | Codec,
+    transport: Transport,
+    *,
+    step: int | None = None,
+    **options: Any,
+) -> None:
+    """Replace gradients, in place, by their compressed mean over ranks. Every rank calls it, after backward.
+
+        transport = terncomm.transports.MPITransport()
+        ...
+        loss.backward()
+        terncomm.reduce_gradients(model, "terngrad", transport)
+        optimizer.step()
+
+    What it needs from call to call it keeps with the transport. For statistics and checkpoints use the object behind
+    it, :class:`GradientAverager`.
+
+    Args:
+        params: a module, or parameters: their `grad` is replaced. Or gradients themselves, in an iterable or by name in
+            a mapping: torch tensors that require no gradient, or numpy arrays of float16, float32 or float64.
+        codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
+        transport: this rank's.
+        step: of training, for the rounding noise; by default calls are counted. Give it when a run is resumed.
+        options: of :class:`GradientAverager`.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be.
+        ConfigurationsDiffer, RanksDiffer: ranks called with different arguments.
+        RankFailed: another rank failed or does not come.
+
+    >>> from terncomm.transports import LocalTransport
+    >>> def work(transport):
+    ...     gradient = np.full((2, 2), transport.rank, np.float32)
+    ...     reduce_gradients([gradient], "int8", transport)
+    ...     return gradient.tolist()
+    >>> LocalTransport.run(2, work)
+    [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]]
+    """
+    if not hasattr(transport, "all_to_all"):
+        raise TypeError(
+            f"transport must be a terncomm transport, got {transport!r}: wrap it, as in "
+            "terncomm.transports.MPITransport(comm) or terncomm.transports.ProcessGroupTransport(group)"
+        )
+    named = _named(params)
+    given = [isinstance(each, nn.Parameter) for _, each in named]
+    if any(given) and not all(given):
+        raise TypeError(f"wanted parameters or gradients, got both: {named[given.index(False)][0]} is no parameter")
+    tensors = [] if any(given) else [(name, _writable(name, each)) for name, each in named]
+    what: list[Any] = [(name, tuple(each.shape), each.dtype) for name, each in tensors]
+    known = vars(transport).setdefault(_CACHE, {})
+    key = repr((what or [id(each) for _, each in named], codec, sorted(options.items())))
+    if key not in known:
+        described: Any = params
+        if tensors:
+            described = [(n, nn.Parameter(torch.empty_like(each, device="meta"))) for n, each in tensors]
+        elif not isinstance(params, nn.Module):
+            described = named
+        known[key] = GradientAverager(described, codec, transport, **options)
+    averager: GradientAverager = known[key]
+    if step is not None:
+        averager.load_state_dict({"step": step - 1, "seed": averager.seed})
+    if not tensors:
+        averager.reduce()
+        return
+    for (_, mine), mean in zip(tensors, averager._reduce([each for _, each in tensors]), strict=True):
+        if mean is not mine:  # sparse
+            mine.copy_(mean)
+
+
+def _named(params: Parameters) -> list[tuple[str, Gradient]]:
+    """Names and parameters, or gradients; without names they are numbered."""
+    if isinstance(params, DistributedDataParallel):
+        raise TypeError("DistributedDataParallel reduces gradients itself: use terncomm.register(model, codec)")
+    if isinstance(params, (torch.Tensor, np.ndarray)):
+        raise TypeError("wanted a module, or an iterable of parameters or gradients, got one tensor: put it in a list")
+    if isinstance(params, nn.Module):
+        pairs: list[Any] = list(params.named_parameters())
+    else:
+        pairs = list(params.items() if isinstance(params, Mapping) else params)
+    named = [each if isinstance(each, tuple) else (f"parameter {place}", each) for place, each in enumerate(pairs)]
+    for name, each in named:
+        if not isinstance(each, (torch.Tensor, np.ndarray)):
+            raise TypeError(f"wanted torch tensors or numpy arrays, {name} is {type(each).__name__}")
+    return named
+
+
+def _writable(name: str, gradient: Gradient) -> torch.Tensor:
+    """A gradient as a tensor that shares its memory."""
+    if isinstance(gradient, np.ndarray):
+        if not gradient.flags.writeable:
+            raise ValueError(f"{name} is read-only: gradients are replaced in place")
+        gradient = torch.from_numpy(gradient)
+    if not (gradient.is_floating_point() or gradient.is_complex()):
+        raise TypeError(f"gradients must be floats, {name} is {gradient.dtype}")
+    if gradient.requires_grad:
+        raise TypeError(f"{name} requires a gradient and is no nn.Parameter: give its .grad")
+    return gradient
+
+
+def _real(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient

@@ -1,0 +1,93 @@
+"""What the ranks of tests/test_mpi.py run under mpirun. torch.distributed must not be needed."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from laws import octets, rows_in_rank_order
+from torch import nn
+
+import terncomm
+from terncomm.transports import MPITransport, RankFailed
+
+
+def conformance(transport):
+    for k in (0, 1, 7, 1000, 300_001):
+        rows_in_rank_order(transport, k)
+    mine = octets(transport.rank, 5)
+    for _ in range(20):
+        transport.all_gather(mine).zero_()
+    assert torch.equal(mine, octets(transport.rank, 5)), "what is received is one's own"
+    return "fine"
+
+
+def network():
+    """The same weights wherever it is made, in a thread too."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.Linear(64, 5))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def digest(transport, codec, device="cpu"):
+    """Of the gradients after three steps."""
+    torch.set_num_threads(1)
+    model, found = network().to(device), hashlib.sha256()
+    for step in range(3):
+        model.zero_grad()
+        inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(10 * step + transport.rank))
+        model(inputs.to(device)).square().mean().backward()
+        terncomm.reduce_gradients(model, codec, transport, seed=1)
+        for parameter in model.parameters():
+            found.update(parameter.grad.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def raises(transport):
+    if transport.rank == 1:
+        raise KeyError("rank 1 broke")
+    transport.all_gather(octets(0, 10))
+
+
+def killed(transport):
+    if transport.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    transport.all_gather(octets(0, 10))
+
+
+def silent(transport):
+    if transport.rank == 1:
+        time.sleep(3)
+        return "late"
+    begin = time.monotonic()
+    try:
+        transport.all_gather(octets(0, 10))
+    except RankFailed as error:
+        told = [str(error)]
+        try:
+            transport.all_gather(octets(0, 10))
+        except RankFailed as again:
+            told.append(str(again))
+        print(json.dumps([*told, time.monotonic() - begin]), flush=True)
+        os._exit(0)  # MPI cannot take back a call that is under way
+
+
+def main():
+    torch.set_num_threads(1)
+    folder, what, *arguments = sys.argv[1:]
+    transport = MPITransport(timeout_s=0.5 if what == "silent" else 60)
+    result = {"conformance": conformance, "digest": digest, "raises": raises, "killed": killed, "silent": silent}[what](
+        transport, *arguments
+    )
+    assert not torch.distributed.is_initialized()
+    Path(folder, str(transport.rank)).write_text(json.dumps(result))  # lines of ranks may be mixed on standard output
+
+
+if __name__ == "__main__":
+    main()

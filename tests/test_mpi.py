@@ -1,0 +1,94 @@
+"""The MPI transport, under a real mpirun; `mpi_job.py` is what its ranks run."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mpi_job import digest
+
+from terncomm.transports import LocalTransport, MPITransport
+
+HERE = Path(__file__).parent
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or MPIRUN is None, reason="needs mpi4py and mpirun: pip install .[mpi]"
+)
+
+
+def mpirun(ranks, *arguments, limit_s=120):
+    """A finished job of so many ranks."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, sys.path)])
+    return subprocess.run(
+        [str(MPIRUN), "-n", str(ranks), sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+    )
+
+
+def results(ranks, folder, *arguments):
+    """What every rank of tests/mpi_job.py has found."""
+    done = mpirun(ranks, HERE / "mpi_job.py", folder, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_rows_arrive_in_rank_order(ranks, tmp_path):
+    assert results(ranks, tmp_path, "conformance") == ["fine"] * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("codec", ["terngrad", "int8"])
+def test_the_same_bits_as_over_threads(ranks, codec, tmp_path):
+    """And so as the DDP hook's: tests/test_loop.py."""
+    wanted = LocalTransport.run(ranks, lambda transport: digest(transport, codec))
+    assert len(set(wanted)) == 1
+    assert wanted[0] != hashlib.sha256().hexdigest()
+    assert results(ranks, tmp_path, "digest", codec) == wanted
+
+
+@pytest.mark.parametrize(("how", "said"), [("raises", "KeyError: 'rank 1 broke'"), ("killed", "")])
+def test_a_rank_that_ends_ends_the_job(how, said, tmp_path):
+    began = time.monotonic()
+    done = mpirun(3, HERE / "mpi_job.py", tmp_path, how)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert time.monotonic() - began < 45, "long before the transport's timeout of 60 s"
+
+
+def test_a_rank_that_is_silent_is_waited_for_no_longer_than_the_timeout(tmp_path):
+    done = mpirun(2, HERE / "mpi_job.py", tmp_path, "silent")
+    first, second, waited_s = json.loads(done.stdout.splitlines()[0])
+    assert "not all of 2 ranks have come within 0.5 s" in first
+    assert "an earlier exchange over MPI failed" in second
+    assert 0.5 <= waited_s < 2.5
+
+
+def test_bad_timeout():
+    with pytest.raises(ValueError, match="timeout_s must be positive, got 0"):
+        MPITransport(timeout_s=0)
+
+
+def test_without_mpi4py(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'terncomm\[mpi\]'"):
+        MPITransport()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("codec", ["terngrad", "int8"])
+def test_cuda_gradients_are_staged_through_the_host(codec, tmp_path):
+    assert len(set(results(2, tmp_path, "digest", codec, "cuda"))) == 1
