@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import ROOT, ended, read, torchrun
 from mpi_job import digest
 
 from terncomm.transports import LocalTransport, MPITransport
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 def mpirun(ranks, *arguments, limit_s=120):
     """A finished job of so many ranks."""
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(HERE), str(ROOT), *filter(None, sys.path)])
     return subprocess.run(
         [str(MPIRUN), "-n", str(ranks), sys.executable, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -74,6 +75,27 @@ def test_a_rank_that_is_silent_is_waited_for_no_longer_than_the_timeout(tmp_path
     assert "not all of 2 ranks have come within 0.5 s" in first
     assert "an earlier exchange over MPI failed" in second
     assert 0.5 <= waited_s < 2.5
+
+
+def test_training_over_mpi_is_training_with_ddp(tmp_path):
+    """The two example programs, one seed: what is learned is the same, to the order in which evaluations are added."""
+    words = ["--codec", "int8", "--epochs", 1, "--metrics"]
+    done = mpirun(2, ROOT / "launch" / "train_mpi.py", *words, tmp_path / "mpi")
+    assert done.returncode == 0, done.stderr
+    assert "epoch   1/1" in done.stdout
+    ended(torchrun(ROOT / "launch" / "train.py", *words, tmp_path / "ddp"))
+    (mpi,), (ddp,) = read(tmp_path / "mpi"), read(tmp_path / "ddp")
+    assert mpi["test_accuracy"] == ddp["test_accuracy"]
+    for name in ("train_loss", "test_loss"):
+        assert mpi[name] == pytest.approx(ddp[name], rel=1e-5)
+    assert mpi["world_size"] == 2
+    assert 0 < mpi["wire_bytes"] < mpi["raw_bytes"] / 3
+
+
+def test_data_that_are_not_there_end_the_job_with_one_line():
+    done = mpirun(2, ROOT / "launch" / "train_mpi.py", "--data", "nope")
+    assert done.returncode != 0
+    assert done.stderr.count("train_mpi.py: unknown data 'nope'") == 1
 
 
 def test_bad_timeout():
