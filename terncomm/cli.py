@@ -50,7 +50,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         status: int = module.main(args)  # type: ignore[union-attr]
     except KeyboardInterrupt:
-        print(f"\nterncomm {args.name}: interrupted", file=sys.stderr)
+        kept = ": runs that ended are kept, and the same command goes on from there" if args.name == "simulate" else ""
+        print(f"\nterncomm {args.name}: interrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

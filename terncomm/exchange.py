@@ -162,17 +162,17 @@ class FloatMean:
 
     def payload(self, received: torch.Tensor) -> torch.Tensor:
         """The rows that came, (W, k) uint8 -> (m,) uint8 for everyone."""
-        mean = _ordered_mean(_floats(received, self._values))
+        mean = ordered_mean(floats_of(received, self._values))
         return torch.cat([mean, self._values[self._whole :]]).view(torch.uint8)
 
     def finish(self, received: torch.Tensor) -> None:
         """Everyone's payload, (W, m) uint8 -> the mean, in place."""
-        floats = _floats(received, self._values)
+        floats = floats_of(received, self._values)
         self._values[: self._whole].view(self._world_size, self._row).copy_(floats[:, : self._row])
-        self._values[self._whole :] = _ordered_mean(floats[:, self._row :])
+        self._values[self._whole :] = ordered_mean(floats[:, self._row :])
 
 
-def _floats(octets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def floats_of(octets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(W, k) uint8 -> (W, m) of the type of `like`."""
     flat = octets.flatten()
     if flat.storage_offset() % like.element_size():
@@ -300,8 +300,8 @@ def float_traffic(numel: int, itemsize: int, world_size: int) -> int:
     return sent(float_messages(numel, itemsize, world_size), world_size)
 
 
-def _ordered_mean(rows: torch.Tensor) -> torch.Tensor:
-    """(W, m) floats -> (m,) of their type, added row by row; in pieces, for the sums may need a wider type."""
+def ordered_mean(rows: torch.Tensor, divisor: float | None = None) -> torch.Tensor:
+    """(W, m) floats -> (m,) of their type, added row by row, over W or `divisor`; in pieces, for sums may be wider."""
     mean = rows.new_empty(rows.shape[1])
     wide = torch.promote_types(rows.dtype, torch.float32)
     for begin in range(0, rows.shape[1], _PIECE):
@@ -309,5 +309,5 @@ def _ordered_mean(rows: torch.Tensor) -> torch.Tensor:
         total = piece[0].to(wide, copy=True)
         for row in piece[1:]:
             total += row
-        mean[begin : begin + _PIECE] = total / len(rows)
+        mean[begin : begin + _PIECE] = total / (len(rows) if divisor is None else divisor)
     return mean

@@ -29,7 +29,7 @@ from terncomm.segments import Segments
 from terncomm.transports.base import Transport
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HEADER = struct.Struct("<qqqqqII")  # the fields of _Header
+_HEADER = struct.Struct("<qqqqqII")  # the fields of Header
 _PROLOGUE_NBYTES = 256
 _INLINE = (_PROLOGUE_NBYTES - _HEADER.size) // 4  # scales that fit beside the header
 _NONE = Segments(())
@@ -37,7 +37,7 @@ _ALONG = 1 << 17  # elements that travel exactly, and in the same messages as th
 _LARGE = 1 << 20  # elements of a layer that travels exactly and, between others, on its own
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
     """Where a rank is and what it is about to send; equal on all ranks, or it is an error."""
 
     seed: int
@@ -66,7 +66,7 @@ class Unchecked(NamedTuple):
 
     def check(self) -> None:
         """Raise `RanksDiffer` unless all headers are alike."""
-        headers = [_Header(*_HEADER.unpack(bytes(row.tolist()))) for row in self.headers]
+        headers = [Header(*_HEADER.unpack(bytes(row.tolist()))) for row in self.headers]
         if any(header != headers[self.rank] for header in headers):
             raise RanksDiffer(_difference(headers, self.rank))
 
@@ -111,7 +111,7 @@ def _checksums(
 
 
 def share(
-    local: torch.Tensor, header: _Header, transport: Transport, later: list[Unchecked] | None = None
+    local: torch.Tensor, header: Header, transport: Transport, later: list[Unchecked] | None = None
 ) -> torch.Tensor:
     """(L,) float32 local scales -> their maximum over ranks, (L,) float32, once all ranks proved to be in step.
 
@@ -158,12 +158,12 @@ _DIFFERENCES = {
 }
 
 
-def _difference(headers: list[_Header], rank: int) -> str:
+def _difference(headers: list[Header], rank: int) -> str:
     mine = headers[rank]
     other = next(r for r, header in enumerate(headers) if header != mine)
     told = [
         _DIFFERENCES.get(name, name.replace("_", " ") + " {0} here, {1} there").format(here, there)
-        for name, here, there in zip(_Header._fields, mine, headers[other], strict=True)
+        for name, here, there in zip(Header._fields, mine, headers[other], strict=True)
         if here != there
     ]
     return (
@@ -227,7 +227,7 @@ def all_reduce_mean(
     clock = clock or Clock()
     rank, world_size = transport.rank, transport.world_size
     checksums = _checksums(codec, segments, exact, flat.dtype, exchange)
-    header = _Header(key.seed, key.step, key.bucket, flat.numel(), segments.numel, *checksums)
+    header = Header(key.seed, key.step, key.bucket, flat.numel(), segments.numel, *checksums)
 
     scaled = codec.scaled(segments) if codec else _NONE
     with clock("encode"):
@@ -326,7 +326,7 @@ def all_reduce_mean_sparse(
         mine = gradient.coalesce()
         indices, values = mine.indices(), mine.values()
         kind = zlib.crc32(f"{gradient.dtype} {tuple(gradient.shape)} {gradient.sparse_dim()}".encode())
-        header = _Header(key.seed, key.step, key.bucket, gradient.numel(), 0, kind, 0)
+        header = Header(key.seed, key.step, key.bucket, gradient.numel(), 0, kind, 0)
         count = torch.tensor([indices.shape[1]], dtype=torch.int64, device=gradient.device)
     with clock("exchange"):
         share(torch.zeros(0, device=gradient.device), header, transport, later)

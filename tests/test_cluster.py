@@ -216,7 +216,7 @@ def test_a_rate_that_the_machine_cannot_reach_is_refused_or_labelled(script, tmp
     assert main(*words, "--", script("print('ran')")) == 1
     told = capfd.readouterr()
     assert told.out == ""
-    assert told.err.startswith("cluster: refused: tbf on this machine gives asked 400 Gbit/s, measured ")
+    assert told.err.startswith("terncomm cluster: refused: tbf on this machine gives asked 400 Gbit/s, measured ")
     assert told.err.count("\n") == 1
     assert main(*words, "--accept-measured", "--", script("print('ran')")) == 0
     told = capfd.readouterr()
@@ -360,7 +360,7 @@ def test_a_rank_that_fails_is_named_and_the_others_are_ended(monkeypatch, capfd,
     assert run(FAIL.format(how=how, marker=marker)) == status
     assert 0.7 <= time.monotonic() - began < 5
     told = capfd.readouterr()
-    assert told.err == f"cluster: {words}\ncluster: ranks 0, 2 still run, and are ended\n"
+    assert told.err == f"terncomm cluster: {words}\nterncomm cluster: ranks 0, 2 still run, and are ended\n"
     assert sorted(told.out.splitlines()) == ["[rank 1] before", "[rank 1] no end of line", "[rank 2] before", "before"]
     assert not processes(marker), "a process that a rank had started"
 
@@ -391,7 +391,7 @@ def test_others_may_end_by_themselves_after_a_failure(capfd):
     assert run(text) == 4
     told = capfd.readouterr()
     assert told.out == "0\n[rank 1] 1\n[rank 2] 2\n"
-    assert told.err.startswith("cluster: rank 0 failed with status 4\n")
+    assert told.err.startswith("terncomm cluster: rank 0 failed with status 4\n")
     assert "still run" not in told.err
 
 
@@ -406,7 +406,7 @@ def test_a_job_over_its_time_is_ended_though_it_refuses(monkeypatch, capfd):
     assert run(text, ranks=2, timeout_s=0.7) == launch.TIMED_OUT
     assert time.monotonic() - began < 4
     told = capfd.readouterr()
-    assert told.err == "cluster: not done within 0.7 s: ranks 0, 1 are ended\n"
+    assert told.err == "terncomm cluster: not done within 0.7 s: ranks 0, 1 are ended\n"
     assert sorted(told.out.splitlines()) == ["[rank 1] asked to", "asked to"]
 
 
@@ -455,7 +455,7 @@ def test_a_signal_leaves_nothing(script, tmp_path, number):
     else:
         assert job.returncode == 128 + number
         last = err.splitlines()[-1]
-        assert last == f"cluster: {number.name}: every rank is ended, the network is gone"
+        assert last == f"terncomm cluster: {number.name}: every rank is ended, the network is gone"
     deadline = time.monotonic() + 5
     while (processes(marker) or processes(path) or host_networks() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -498,7 +498,7 @@ def test_what_cannot_be_is_told_in_one_line(words, told, capsys, monkeypatch):
     monkeypatch.setattr(command, "Namespace", None)
     assert main(*words) == 2
     err = capsys.readouterr().err
-    assert err.startswith("cluster: ")
+    assert err.startswith("terncomm cluster: ")
     assert told in err
     assert err.count("\n") == 1
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -124,6 +125,9 @@ def test_prediction_adds_up():
     found = predict(Compute(1, (1.0,), 1), [load], 2, Switched(MBYTE, software=QUICK), cost)
     assert (found.encode_s, found.exchange_s, found.decode_s) == pytest.approx((1.0, 2.0, 2.0 + 4.0))
     assert predict(Compute(1, (1.0,), 1), [load], 1, Switched(MBYTE), cost).step_s == 2
+    waits = replace(cost, waiting=(0.5, 0.001))
+    later = predict(Compute(1, (1.0,), 1), [load], 2, Switched(MBYTE, software=QUICK), waits)
+    assert (later.encode_s, later.exchange_s, later.decode_s) == pytest.approx((1.0, 2.0 + 1.5, 2.0 + 4.0))
 
 
 def test_codec_costs_grow_with_the_bucket():

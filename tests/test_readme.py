@@ -26,7 +26,7 @@ def test_the_last_example_runs():
     """The snippet of `How it works`, as it stands."""
     snippet = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[-1]
     scope: dict[str, object] = {}
-    exec("import torch, terncomm\n" + snippet.replace("LocalTransport.run(4", "result = LocalTransport.run(4"), scope)
+    exec(snippet.replace("LocalTransport.run(4", "result = LocalTransport.run(4"), scope)
     ranks = scope["result"]
     assert len(ranks) == 4
     assert all((ranks[0] == rank).all() for rank in ranks)

@@ -182,7 +182,7 @@ def test_a_broken_record_is_named_by_file_and_line(tmp_path, path, value, messag
     file.write_text(json.dumps(run()) + "\n" + json.dumps(changed(run(), path, value)) + "\n")
     with pytest.raises(ValueError, match="runs") as error:
         records.load(tmp_path)
-    assert str(error.value) == f"{file}:2: {message}"
+    assert str(error.value).partition(";")[0] == f"{file}:2: {message}"
 
 
 def test_other_broken_lines(tmp_path):
@@ -325,17 +325,17 @@ def test_verdicts():
 
 
 def test_break_even_on_log_axes(tmp_path):
-    """None falls from 8 s to 0.5 s over a factor of 16 in rate, int8 stays at 2 s: they meet at 400 Mbit/s."""
+    """None falls from 8 s to 0.5 s over 16 times the rate, int8 stays at 2 s: none is 1.05 times as slow at 381."""
     found = [plan("none", 1e8, 8.0), plan("none", 1.6e9, 0.5), plan("int8", 1e8, 2.0), plan("int8", 1.6e9, 2.0)]
     found += [plan("fp16", 1e8, 4.0), plan("fp16", 1.6e9, 0.25), plan("terngrad", 1e8, 9.0), plan("terngrad", 1.6e9, 9)]
     files, words = written(found, tmp_path)
     table = rows(files["planned-resnet50-break_even.csv"])
     row = only(row for row in table if row["crossing"])
     assert (row["codec"], row["crossing"]) == ("int8", "stops to pay")
-    assert float(row["bits_per_s"]) == pytest.approx(4e8)
-    assert float(row["batch_s"]) == pytest.approx(2.0)
+    assert float(row["bits_per_s"]) == pytest.approx(4e8 / 1.05)
+    assert float(row["batch_s"]) == pytest.approx(2.0 * 1.05)
     assert len(table) == 9
-    for text in ("pays below 400 Mbit/s", "pays at every rate", "pays at no rate", "planned, no training"):
+    for text in ("pays below 381 Mbit/s", "pays at every rate", "pays at no rate", "planned, no training"):
         assert text in words
     assert "simulated" not in words.lower()
     assert "accuracy" not in words.replace("say nothing of accuracy", "").replace(
@@ -344,10 +344,13 @@ def test_break_even_on_log_axes(tmp_path):
 
 
 def test_break_even_of_equal_and_of_crossing_twice():
-    assert plans.break_even({1e8: 2.0, 1e9: 1.0}, {1e8: 1.0, 1e9: 1.0}).stops[0][0] == pytest.approx(1e9)
+    """Steps must be 1.05 times as fast: a little before the curves meet."""
+    worth = math.log10(1.05)
+    meet = plans.break_even({1e8: 2.0, 1e9: 1.0}, {1e8: 1.0, 1e9: 1.0}).stops[0][0]
+    assert meet == pytest.approx(1e9 / 10 ** (worth / math.log10(2)))
     twice = plans.break_even({1.0: 1.0, 10.0: 1.0, 100.0: 1.0}, {1.0: 10.0, 10.0: 0.1, 100.0: 10.0})
-    assert twice.starts[0][0] == pytest.approx(math.sqrt(10))
-    assert twice.stops[0][0] == pytest.approx(10 * math.sqrt(10))
+    assert twice.starts[0][0] == pytest.approx(10 ** (0.5 + worth / 2))
+    assert twice.stops[0][0] == pytest.approx(10 ** (1.5 - worth / 2))
     assert plans.break_even({}, {1.0: 1.0}).text == "not compared"
 
 

@@ -2,9 +2,9 @@
 
     terncomm cluster --ranks 4 --rate 100mbit --delay 1ms -- launch/train.py --codec terngrad
 
-Needs root, or a kernel that allows user namespaces. Standard output is rank 0's; lines of `cluster:` are on standard
-error. The exit status is the script's; 1 where a network cannot be had, 2 for arguments that cannot be, 124 after
-`--timeout`, and 128 + the signal's number after a signal.
+Needs root, or a kernel that allows user namespaces. Standard output is rank 0's; lines of `terncomm cluster:` are on
+standard error. The exit status is the script's; 1 where a network cannot be had, 2 for arguments that cannot be, 124
+after `--timeout`, and 128 + the signal's number after a signal.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from terncomm.cluster.launch import LinkEnded, run, say
 from terncomm.cluster.namespaces import Namespace, NotPermitted
 from terncomm.cluster.network import network
 from terncomm.cluster.verify import verify
-from terncomm.simulator.links import PRESETS
+from terncomm.simulator.links import LINK_WORDS
 
 INSTEAD = "`terncomm simulate` and `terncomm plan` need no network"
 UNSHARED = "TERNCOMM_CLUSTER_UNSHARED"  # set in the process that unshare starts
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command; what follows them, after `--`, is the command to run."""
     parser.add_argument("--ranks", type=int, required=True, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="ranks that share a link (1)")
-    parser.add_argument("--link", help=f"{', '.join(PRESETS)}, or RATE/DELAY; no limit without it and --rate")
+    parser.add_argument("--link", help=f"{LINK_WORDS}; no limit without it and --rate")
     parser.add_argument("--rate", help="of every link, in each direction, as 100mbit")
     parser.add_argument("--delay", help="one way, from host to host, as 1ms")
     parser.add_argument("--jitter", help="each frame's delay varies by up to this either way, as 200us")
@@ -104,8 +104,8 @@ def _run(wanted: Asked, interrupts: Interrupts, stack: ExitStack) -> int:
     received = [end[1] - begin[1] for begin, end in zip(before, after, strict=True)]
     per = "rank" if job.ranks_per_node == 1 else "node"
     say(
-        f"status {status} after {seconds:.1f} s; MB per {per}: sent {', '.join(f'{1e-6 * n:.2f}' for n in sent)}; "
-        f"received {', '.join(f'{1e-6 * n:.2f}' for n in received)}"
+        f"status {status} after {seconds:.1f} s; MB at each {per}'s interface, gradients and all else: "
+        f"sent {', '.join(f'{1e-6 * n:.2f}' for n in sent)}; received {', '.join(f'{1e-6 * n:.2f}' for n in received)}"
     )
     entries, bad = record.history(metrics)
     if bad:

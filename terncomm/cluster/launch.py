@@ -76,6 +76,8 @@ def environment(rank: int, ranks: int, per_node: int, port: int) -> dict[str, st
         "NCCL_P2P_DISABLE": 1,
         "NCCL_SHM_DISABLE": 1,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # A namespace has no name service, and c10d would warn on every rank that addresses have no names.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     return {name: str(value) for name, value in told.items()}
 
@@ -225,7 +227,7 @@ class _Pipe:
 def say(text: str) -> None:
     """One line on standard error; standard output is the script's."""
     sys.stdout.flush()
-    print(f"cluster: {text}", file=sys.stderr, flush=True)
+    print(f"terncomm cluster: {text}", file=sys.stderr, flush=True)
 
 
 def _status(pid: int) -> int | None:

@@ -68,12 +68,12 @@ class Codec(ABC):
         how = self.rounding(segments, local, shared, key, rank=rank, world_size=world_size)
         return ops.encode(flat, segments, how)
 
-    def unit(self, shared: torch.Tensor, world_size: int) -> torch.Tensor:
-        """(L,) float32 shared scales -> (3, L) float32: the mean gradient that one unit of the sum stands for.
+    def unit(self, shared: torch.Tensor, divisor: float) -> torch.Tensor:
+        """(L,) float32 shared scales -> (3, L) float32: what one unit of the sum stands for, divided by W for the mean.
 
         In parts, see :func:`terncomm.ops.reference.split_unit`.
         """
-        return ops.split_unit(shared.double() / (self.levels * world_size))
+        return ops.split_unit(shared.double() / (self.levels * divisor))
 
     def decode(
         self, total: torch.Tensor, segments: Segments, shared: torch.Tensor, world_size: int, *, out: torch.Tensor

@@ -17,8 +17,9 @@ from terncomm.commands.plan import network_of
 from terncomm.simulator import codec_costs, interfaces
 from terncomm.simulator.calibrate import calibrate
 from terncomm.simulator.codec_costs import Cost
+from terncomm.simulator.fabric import Fabric
 from terncomm.simulator.networks import Network
-from terncomm.simulator.plan import GENTLEST, Device, Job, advice
+from terncomm.simulator.plan import FP16, GENTLEST, Device, Job, advice
 from terncomm.simulator.timing import time_module
 from terncomm.simulator.workloads import module_of
 from terncomm.transports import RankFailed
@@ -110,7 +111,7 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
     tell(f"\nall-reduce sends {8e-6 * found.bytes_per_s:.0f} Mbit/s per rank; a round of messages takes at least "
          f"{1e3 * found.round_s:.2f} ms")  # fmt: skip
 
-    costs = _codec_costs(world_size)
+    costs = _codec_costs(world_size, found.fabric)
     tell("codecs here: " + ", ".join(
         f"{codec} {4e-9 / max(sum(cost.per_element_s), 1e-15):.1f} GB/s of gradients" for codec, cost in costs.items()
     ))  # fmt: skip
@@ -120,7 +121,7 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
     machine = Device(name="this", flops_per_s=1e12, costs=costs, cores=cores, source="", wire_busy=found.wire_busy)
     job = Job(network, 1, machine, compute_s, args.bucket_cap_mb)
     steps = {codec: job.point(codec, world_size, found.fabric) for codec in GENTLEST}
-    tell(f"\n{network.title}: {network.numel / 1e6:.1f} M parameters; computing {1e3 * compute_s:.0f} ms ({source})")
+    tell(f"\n{job.title}; computing {1e3 * compute_s:.0f} ms ({source})")
     tell(f"{'codec':10}{'MB sent':>10}{'step':>12}{'computing':>12}{'codec':>10}{'exposed':>12}{'faster':>9}")
     for codec, step in steps.items():
         tell(
@@ -132,9 +133,11 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
     if compute_s == 0:
         tell("\nNo verdict on your step without what it computes: give --compute-ms, or --network FILE.py:FUNCTION.")
     else:
-        _, reason = advice({codec: step.step_s for codec, step in steps.items()})
+        chosen, reason = advice({codec: step.step_s for codec, step in steps.items()})
         waiting = 1 - none.compute_s / none.step_s
         tell(f"\nWithout a codec {waiting:.0%} of the step is waiting for the network. Verdict: {reason}.")
+        if chosen == "fp16":
+            tell(f"{FP16}.")
         if waiting > 0.3:
             tell("Also free: accumulate gradients (no_sync), and the exchange comes once in k steps.")
     if torch.cuda.is_available():
@@ -143,11 +146,12 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
     return 0
 
 
-def _codec_costs(world_size: int) -> dict[str, Cost]:
+def _codec_costs(world_size: int, fabric: Fabric) -> dict[str, Cost]:
     together = codec_costs.Together()
     found = {"fp16": codec_costs.measure_cast(who=together)}
     for codec in ("int8", "terngrad"):
-        found[codec] = codec_costs.measure(codec_for(codec), world_size, who=together)
+        cost = codec_costs.measure(codec_for(codec), world_size, who=together)
+        found[codec] = codec_costs.with_waiting(cost, codec_for(codec), fabric, dist.group.WORLD, who=together)
     return found
 
 

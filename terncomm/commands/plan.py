@@ -6,11 +6,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from terncomm.layers import GROUPS, structural
 from terncomm.simulator.fabric import GLOO, NCCL, Switched
-from terncomm.simulator.links import Link, rate_text
+from terncomm.simulator.links import LINK_WORDS, Link, rate_text
 from terncomm.simulator.networks import NETWORKS, Network, of_module, of_size, parse_count
-from terncomm.simulator.plan import DEVICES, WORTH, Job, advice, plan
+from terncomm.simulator.plan import DEVICES, FP16, WORTH, Job, advice, plan
 from terncomm.simulator.reductions import CODECS
 from terncomm.simulator.workloads import module_of
 
@@ -26,14 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[2, 4, 8, 16, 64], metavar="W")
     parser.add_argument(
         "--links", nargs="+", default=["100mbit", "1gbit", "10gbit", "100gbit"], metavar="LINK",
-        help="presets, RATE or RATE/DELAY (default: %(default)s)",
+        help=f"{LINK_WORDS} (default: 100mbit 1gbit 10gbit 100gbit)",
     )  # fmt: skip
     parser.add_argument("--codecs", nargs="+", default=["none", "fp16", "int8", "terngrad"], metavar="CODEC",
                         help=", ".join(CODECS))  # fmt: skip
     parser.add_argument("--per-node", type=int, default=1, help="workers that share a node's link")
     parser.add_argument("--inside", help="link between the workers of a node (default: takes no time)")
-    parser.add_argument("--batch-size", type=int, help="samples per worker (default: the network's usual)")
-    parser.add_argument("--device", choices=DEVICES, default="gpu", help="what a worker computes with")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples per worker and step (default: the network's usual; of your own, the example's)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="gpu",
+        help="what a worker computes and encodes with: cpu-core is measured, gpu assumed (default: gpu)",
+    )
     parser.add_argument("--tflops", type=float, help="sustained, instead of the device's")
     parser.add_argument("--compute-ms", type=float, help="forward and backward of one worker, from your own job")
     parser.add_argument("--bucket-cap-mb", type=float, help="as of DDP")
@@ -51,7 +62,10 @@ def network_of(text: str) -> Network:
         return NETWORKS[text]
     if ":" in text:
         module, example = module_of(text)
-        return of_module(module, text, example=example, exempt=structural(module, GROUPS))
+        batch = 1 if example is None else len(example if isinstance(example, torch.Tensor) else example[0])
+        return of_module(module, text, example=example, exempt=structural(module, GROUPS), batch_size=batch)
+    if text.endswith(".py"):
+        raise ValueError(f"{text}: which function of it? wanted FILE.py:FUNCTION")
     try:
         return of_size(parse_count(text))
     except ValueError:
@@ -88,10 +102,14 @@ def main(args: argparse.Namespace) -> int:
         )
     )
     computing = f"{args.compute_ms:g} ms given" if args.compute_ms is not None else device.source
-    print(
-        f"MODE: planned. {network.title}, {network.numel / 1e6:.1f} M parameters, {batch} samples per worker; "
-        f"computing: {computing}; messages by {software.name}"
-    )
+    print(f"MODE: planned. {job.title}, {batch} sample{'s' * (batch > 1)} per worker")
+    print(f"computing: {computing}; messages by {software.name}")
+    if args.device == "gpu":
+        print(
+            "the codecs' speed is assumed: on CUDA they are plain torch today, slower and not measured. "
+            "--device cpu-core: measured"
+        )
+    advised = set()
     for workers in args.workers:
         print(f"\nW = {workers}" + (f", {args.per_node} on each node" if args.per_node > 1 else ""))
         print(f"{'codec':18}{'MB/step':>10}" + "".join(f"{link.name:>16}" for link in links) + f"{'pays up to':>14}")
@@ -110,7 +128,11 @@ def main(args: argparse.Namespace) -> int:
                 for p in points
                 if p["config"]["workers"] == workers and p["config"]["link"] == link.name
             }
-            print(f"  {link.name}: {advice(steps)[1]}")
+            chosen, why = advice(steps)
+            advised.add(chosen)
+            print(f"  {link.name}: {why}")
+    if "fp16" in advised:
+        print(FP16)
     print(
         f"\npays up to: the rate at which steps are still {WORTH:.2f}x as fast as without a codec; delays as on "
         f"{links[0].name}"

@@ -27,5 +27,5 @@ def main(args: argparse.Namespace) -> int:
     out = args.out or (first if first.is_dir() else first.parent) / "report"
     print(f"drawing {len(found)} records ...", flush=True)
     written = write_report(found, out, title=args.title, target=args.target, target_loss=args.target_loss)
-    print(f"{written[0]}, and {len(written) - 1} pictures and tables beside it")
+    print(f"{written[0]}, and {len(written) // 2} pictures beside it, each with its numbers as CSV")
     return 0

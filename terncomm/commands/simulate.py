@@ -5,7 +5,7 @@ import itertools
 from pathlib import Path
 
 from terncomm.simulator.fabric import GLOO
-from terncomm.simulator.links import Link
+from terncomm.simulator.links import LINK_WORDS, Link
 from terncomm.simulator.profile import time_records
 from terncomm.simulator.records import label_of
 from terncomm.simulator.reductions import CODECS
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["100mbit", "1gbit", "10gbit", "wan-50ms"],
         metavar="LINK",
-        help="on which step time is predicted: a preset, RATE or RATE/DELAY (default: %(default)s)",
+        help=f"on which step time is predicted: {LINK_WORDS} (default: the presets)",
     )
     parser.add_argument("--per-node", type=int, default=1, help="workers that share a node's link")
     parser.add_argument("--inside", help="link between the workers of a node (default: takes no time)")
@@ -89,6 +89,11 @@ def experiments(args: argparse.Namespace) -> list[Experiment]:
     return made
 
 
+def _short(data: str) -> str:
+    """The function's name stands for FILE.py:FUNCTION."""
+    return data.rpartition(":")[2][:10]
+
+
 def main(args: argparse.Namespace) -> int:
     """Train, predict, record; print what came out."""
     if args.jobs < 1:
@@ -115,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
         accuracy = "-" if last["test_accuracy"] is None else f"{last['test_accuracy']:.2%}"
         times = "".join(f"{1e3 * link['step_s']:17.1f} ms" for link in record["links"])
         print(
-            f"{config['data'][-10:]:10} {config['workers']:3} {codec:24} {config['seed']:4} {loss:>9} {accuracy:>8} "
+            f"{_short(config['data']):10} {config['workers']:3} {codec:24} {config['seed']:4} {loss:>9} {accuracy:>8} "
             f"{last['sent_bytes'] / 1e6:10.2f}{times}"
         )
     if any(experiment.accumulate > 1 for experiment in wanted):

@@ -5,12 +5,14 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from terncomm.codecs import Codec
 from terncomm.hooks.agreement import ConfigurationsDiffer
 from terncomm.hooks.connection import connect
+from terncomm.hooks.fsdp import ShardState, register_fsdp
 from terncomm.hooks.state import CommState
 from terncomm.layers import GROUPS
 
@@ -44,12 +46,17 @@ def register(
     exchange: str = "auto",
     seed: int = 0,
     exempt: Collection[str] = GROUPS,
-) -> CommState:
-    """Compress the gradient communication of a DDP model. Collective: every rank calls it, with the same arguments.
+    replicas: dist.ProcessGroup | None = None,
+) -> CommState | ShardState:
+    """Compress the gradient communication of a model. Collective: every rank calls it, with the same arguments.
 
     Args:
-        model: a `DistributedDataParallel`, or a wrapper that holds one (torch.compile).
+        model: a `DistributedDataParallel`, or a wrapper that holds one (torch.compile); or a model of `fully_shard`
+            (FSDP2), whose reduce-scatter then sends codes.
         codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
+        replicas: for `fully_shard` over a one-dimensional mesh: the group of the ranks that hold the same shard, in
+            place of FSDP2's own hybrid sharding. Gradients are then reduced plainly inside the mesh, and coded between
+            replicas.
 
     Returns:
         The state, for `stats()`, `disable()` and `enable()`.
@@ -59,7 +66,21 @@ def register(
         RuntimeError: it already has a communication hook, ranks called with different arguments, or a rank did not
             call within the timeout of the model's process group.
     """
+    if _is_fully_sharded(model):
+        return register_fsdp(
+            model,
+            codec,
+            replicas=replicas,
+            skip=skip,
+            min_numel=min_numel,
+            warmup_steps=warmup_steps,
+            exchange=exchange,
+            seed=seed,
+            exempt=exempt,
+        )
     ddp = _unwrap(model)
+    if replicas is not None:
+        raise TypeError("replicas= is for models of fully_shard; DistributedDataParallel has replicas alone")
     if ddp._comm_hooks:
         hook = getattr(ddp._comm_hooks[0][0], "__qualname__", repr(ddp._comm_hooks[0][0]))
         raise RuntimeError(
@@ -103,6 +124,11 @@ def register(
     return state
 
 
+def _is_fully_sharded(model: Any) -> bool:
+    """Whether fully_shard (FSDP2) holds parameters of the model."""
+    return isinstance(model, torch.nn.Module) and any(hasattr(m, "set_custom_reduce_scatter") for m in model.modules())
+
+
 def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"wanted a DistributedDataParallel model, got {model!r}")
@@ -114,9 +140,7 @@ def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
                 break
         else:
             kind = type(model).__name__
-            if "FSDP" in kind or "FullyShardedDataParallel" in kind:
-                raise TypeError(
-                    f"{kind} shards gradients with its own reduce-scatter; terncomm.register takes DDP models"
-                )
+            if kind == "FullyShardedDataParallel":
+                raise TypeError(f"{kind} (FSDP1) is not served: shard with torch.distributed.fsdp.fully_shard (FSDP2)")
             raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model)")
     return inner

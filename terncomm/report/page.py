@@ -18,6 +18,7 @@ from terncomm.report.training import Band, Panel, band, command_options, newest,
 from terncomm.report.verdicts import VERDICT_RULE, target_of, verdict
 from terncomm.report.words import MODE_TEXT, link_label, mixed, provenance
 from terncomm.simulator.links import rate_text
+from terncomm.simulator.plan import WORTH
 from terncomm.simulator.records import Record, check
 
 _CSS = """
@@ -244,7 +245,8 @@ def _asked(records: Sequence[Record]) -> list[Row]:
         if "parameters" in record:
             config["parameters"] = record["parameters"]
         for name, value in config.items():
-            values.setdefault(name, {})[str(value)] = None
+            if value not in (None, [], ""):
+                values.setdefault(name, {})[str(value)] = None
     return [{"option": name, "value": _some(list(found))} for name, found in values.items()]
 
 
@@ -329,7 +331,7 @@ def _break_even_table(plan: Plan) -> list[str]:
     lines = [f"<h3>{_escape(plan.name)}</h3>"]
     if rows and len(plan.rates) > 1:
         rule = (
-            "<p><small>A codec pays where its predicted step takes less time than that of none. Between planned rates "
+            f"<p><small>A codec pays where it makes predicted steps {WORTH:.2f} times as fast. Between planned rates "
             f"({rate_text(plan.rates[0])} to {rate_text(plan.rates[-1])}) both are taken as straight on logarithmic "
             "axes.</small></p>"
         )

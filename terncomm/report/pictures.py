@@ -27,6 +27,7 @@ from terncomm.report.training import Band, Curve, Panel, band
 from terncomm.report.verdicts import Target, reach
 from terncomm.report.words import MODE_TEXT, link_label
 from terncomm.simulator.links import rate_text
+from terncomm.simulator.plan import WORTH
 from terncomm.simulator.records import PARTS, Record
 
 Row = dict[str, Any]
@@ -169,8 +170,8 @@ def break_evens(plan: Plan, look: Looks) -> Drawn:
     compared = "none" in labels
     figure, grid = page(
         f"{plan.name}: time of a step against the rate of each worker's link",
-        f"{MODE_TEXT['plan']}; ring: where a codec stops (or starts) to pay against none, on straight lines between "
-        "the points",
+        f"{MODE_TEXT['plan']}; ring: where a codec stops (or starts) to pay: steps {WORTH:.2f} times as fast as "
+        "none's, on straight lines between the points",
         (len(shown), 2 if compared else 1),
         2.2,
         [handle(label, look) for label in labels],
@@ -201,7 +202,7 @@ def break_evens(plan: Plan, look: Looks) -> Drawn:
                 crossings = [rate / 1e9 for rate, _ in (*found.stops, *found.starts)]
                 ring: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}
                 line[1].plot([rate / 1e9 for rate in gain], list(gain.values()), **look[label].line)
-                line[1].plot(crossings, [1.0] * len(crossings), **ring, color=look[label].color, markeredgewidth=1.5)
+                line[1].plot(crossings, [WORTH] * len(crossings), **ring, color=look[label].color, markeredgewidth=1.5)
                 if label != "none" and found.pays:
                     remarks.append((f"{label} {found.text}", look[label].color))
         line[0].set_title(f"W = {workers}", fontweight="bold")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from terncomm.report.training import codec_order, distinguish, texts
 from terncomm.simulator.links import rate_text
+from terncomm.simulator.plan import WORTH
 from terncomm.simulator.records import Record, label_of, rate_and_delay
 
 
@@ -100,12 +101,12 @@ def plans(records: Sequence[Record]) -> list[Plan]:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Rates (bits per second, seconds per batch) where a codec's curve crosses none's.
+    """Rates (bits per second, with none's seconds per batch there) where a codec comes to be WORTH it, or ceases to be.
 
     Args:
         stops: where it stops paying as the rate grows.
         starts: where it starts to pay as the rate grows.
-        pays: at each rate, whether it takes less time than none.
+        pays: at each rate, whether steps are at least WORTH times as fast as with none.
     """
 
     stops: tuple[tuple[float, float], ...]
@@ -125,14 +126,14 @@ class BreakEven:
 
 
 def break_even(base: dict[float, float], codec: dict[float, float]) -> BreakEven:
-    """Crossings of two curves of seconds by bits per second, straight between points on log-log axes.
+    """Where seconds by bits per second fall below those of `base` over WORTH, straight between points on log-log axes.
 
     >>> break_even({1e8: 10.0, 1e10: 1.0}, {1e8: 1.0, 1e10: 10.0}).text
-    'pays below 1 Gbit/s'
+    'pays below 952 Mbit/s'
     """
     rates = sorted(base.keys() & codec.keys())
-    ratios = [math.log(codec[rate] / base[rate]) for rate in rates]
-    pays = tuple(ratio < -1e-9 for ratio in ratios)
+    ratios = [math.log(WORTH * codec[rate] / base[rate]) for rate in rates]
+    pays = tuple(ratio < 0 for ratio in ratios)
     stops: list[tuple[float, float]] = []
     starts: list[tuple[float, float]] = []
     for i in range(len(rates) - 1):

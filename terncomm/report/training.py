@@ -71,6 +71,7 @@ class Run:
         names = ("data", "workers", "codec", "seed")
         data, workers, codec, seed = (config.pop(name) for name in names)
         accumulate = config.pop("accumulate", 1)
+        config.pop("files", None)
         clocks = {
             link["link"]: [entry["step"] / accumulate * link["step_s"] for entry in record["history"]]
             for link in record["links"]
@@ -247,7 +248,8 @@ def newest(records: Iterable[Record]) -> tuple[list[Record], int]:
     kept: dict[str, Record] = {}
     replaced = 0
     for number, record in enumerate(records):
-        key = str(number) if record["mode"] == "cluster" else _frozen([record["mode"], record["config"]])
+        config = {name: value for name, value in record["config"].items() if name != "files"}  # their checksums
+        key = str(number) if record["mode"] == "cluster" else _frozen([record["mode"], config])
         if key in kept:
             replaced += 1
             if _date(record) < _date(kept[key]):

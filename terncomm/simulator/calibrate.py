@@ -15,7 +15,7 @@ from terncomm.transports.process_group import AT_ONCE, ProcessGroupTransport
 
 SIZES = (1 << 10, 24 << 10, 120 << 10, 600 << 10, 2400 << 10, 7 << 20)  # bytes that a rank sends in a call
 _ENOUGH = 1 << 20  # bytes that a measurement sends at least: more than a token bucket lets through at once
-_ROUNDS = 5
+_ROUNDS = 7
 
 
 @dataclass(frozen=True)

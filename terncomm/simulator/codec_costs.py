@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from terncomm.codecs import Codec
 from terncomm.keys import Key
-from terncomm.reduce import Clock, all_reduce_mean
+from terncomm.reduce import Clock, all_reduce_mean, messages
 from terncomm.segments import Segments
+from terncomm.simulator.fabric import Fabric
+from terncomm.transports import ProcessGroupTransport
 
 
 class Echo:
@@ -31,16 +33,25 @@ class Echo:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds = fixed_s + per_element_s * n, of encoding, of adding codes up, of decoding."""
+    """Seconds = fixed_s + per_element_s * n, of encoding, of adding codes up, of decoding.
+
+    waiting: the same, (fixed, per element), of what a bucket takes beyond its arithmetic and its messages; 0 unless
+    :func:`with_waiting` has measured it.
+    """
 
     fixed_s: tuple[float, float, float]
     per_element_s: tuple[float, float, float]
+    waiting: tuple[float, float] = (0.0, 0.0)
 
     def seconds(self, numel: int) -> tuple[float, float, float]:
         """Of a bucket with so many coded elements."""
         fixed = zip(self.fixed_s, self.per_element_s, strict=True)
         encode, add, decode = (a + b * numel for a, b in fixed)
         return encode, add, decode
+
+    def waiting_s(self, numel: int) -> float:
+        """Beyond arithmetic and messages."""
+        return self.waiting[0] + self.waiting[1] * numel
 
 
 FREE = Cost((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
@@ -102,6 +113,43 @@ def of_bucket(codec: Codec, layers: Segments, world_size: int, *, who: Who = _AL
         found.append([clock.encode_s, clock.exchange_s, clock.decode_s])
     encode, add, decode = (statistics.median(times) for times in zip(*who.slowest(found)[1:], strict=True))
     return encode, add, decode
+
+
+def with_waiting(
+    cost: Cost,
+    codec: Codec,
+    fabric: Fabric,
+    group: Any,
+    *,
+    sizes: tuple[int, int] = _SIZES,
+    who: Who = _ALONE,
+    budget_s: float = 3.0,
+) -> Cost:
+    """Time whole buckets of two sizes over a group that nobody else uses, and note what their parts do not explain.
+
+    Messages after a pause, threads that must wake, ranks that wait for the slowest at every message. Collective; takes
+    about `budget_s` for each size.
+    """
+    transport = ProcessGroupTransport(group)
+    beyond = []
+    for numel in sizes:
+        layers = Segments([numel])
+        calls = messages(layers, codec, transport.world_size)
+        parts_s = sum(cost.seconds(numel)) + sum(fabric.seconds(call, transport.world_size) for call in calls)
+        gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+
+        def once(step: int, flat: torch.Tensor, layers: Segments = layers) -> list[float]:
+            who.meet()
+            began = time.perf_counter()
+            all_reduce_mean(flat, layers, codec, transport, key=Key(0, step))
+            return [time.perf_counter() - began]
+
+        first = who.slowest([once(0, gradient.clone())])
+        rounds = max(1, min(_ROUNDS, int(budget_s / first[0][0])))
+        found = who.slowest([once(step, gradient.clone()) for step in range(1, rounds + 1)])
+        beyond.append(max(statistics.median(each for (each,) in found) - parts_s, 0.0))
+    slope = max(beyond[1] - beyond[0], 0.0) / (sizes[1] - sizes[0])
+    return replace(cost, waiting=(max(beyond[0] - slope * sizes[0], 0.0), slope))
 
 
 def measure_cast(*, numel: int = 1 << 20, who: Who = _ALONE) -> Cost:

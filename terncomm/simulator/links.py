@@ -102,6 +102,12 @@ PRESETS = {
 }
 
 
+LINK_WORDS = (
+    "100mbit, 1gbit, 10gbit, wan-50ms (100 Mbit/s, 25 ms each way); or RATE, or RATE/DELAY with the delay one way, as "
+    "2.5gbit/1ms"
+)
+
+
 def rate_text(bits_per_s: float) -> str:
     """A rate with its unit, in two digits.
 

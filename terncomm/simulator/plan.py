@@ -21,6 +21,10 @@ from terncomm.simulator.provenance import provenance
 from terncomm.simulator.reductions import family, reduction_for
 from terncomm.simulator.timeline import Compute, StepTime
 
+FP16 = (
+    "fp16 is PyTorch's own: model.register_comm_hook(None, "
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks.fp16_compress_hook)"
+)
 WORTH = 1.05  # a codec that makes steps less than this much faster is not advised
 GENTLEST = ("none", "fp16", "int8", "terngrad")  # least noise first
 
@@ -103,6 +107,17 @@ class Job:
             raise ValueError(f"the time of computing must not be negative, got {self.compute_s} s")
         if self.bucket_cap_mb is not None and not (self.bucket_cap_mb > 0 and math.isfinite(self.bucket_cap_mb)):
             raise ValueError(f"bucket_cap_mb must be positive, got {self.bucket_cap_mb}")
+
+    @property
+    def title(self) -> str:
+        """The network, its size, and how much of it is coded, in words."""
+        numel = self.network.numel
+        coded = sum(coded.numel for coded, _, _ in self._laid_out[1])
+        size = f"{numel / 1e6:.1f} M parameters"
+        name = "" if self.network.title.endswith("M parameters") else f"{self.network.title}, "
+        if coded == numel:
+            return f"{name}{size}"
+        return f"{name}{size}, of which {coded / numel:.0%} are coded (not the output head, embeddings, small tensors)"
 
     def point(self, codec: str, workers: int, fabric: Fabric) -> StepTime:
         """The time of a step."""
@@ -231,6 +246,8 @@ def advice(steps_s: Mapping[str, float], *, near: float = 1.1) -> tuple[str, str
     none_s = steps_s["none"]
     quickest = min(steps_s, key=lambda codec: steps_s[codec])
     best_s = steps_s[quickest]
+    if quickest == "none":
+        return "none", "keep none: no codec makes steps faster"
     if none_s < WORTH * best_s:
         return "none", f"keep none: the quickest, {quickest}, would make steps {none_s / best_s:.2f}x as fast"
     order = sorted(steps_s, key=lambda codec: GENTLEST.index(family(codec)))

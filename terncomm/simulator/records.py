@@ -61,7 +61,10 @@ def check(record: Any) -> None:
         raise ValueError(f"wanted a JSON object, got {_short(record)}")
     mode = record.get("mode")
     if mode not in MODES:
-        raise ValueError(f"mode: wanted one of {', '.join(MODES)}, got {_short(mode)}")
+        raise ValueError(
+            f"mode: wanted one of {', '.join(MODES)}, got {_short(mode)}; records are what `terncomm simulate`, "
+            "`terncomm plan --out` and `terncomm cluster --out` write"
+        )
     _each(record, "", dict, "config", "provenance")
     config = record["config"]
     if mode == "simulate":

@@ -63,6 +63,8 @@ def _call(name: str, *arguments: object) -> Any:
     sys.path.insert(0, folder)
     try:
         module = _load_file(path) if path.suffix == ".py" else importlib.import_module(where)
+        if not hasattr(module, function):
+            raise DataError(f"{where} has no function {function!r}")
         return getattr(module, function)(*arguments)
     except DataError:
         raise
