@@ -94,7 +94,7 @@ def main() -> None:
         )
         print(f"{name:40} {rows[-1]['ratio_to_copy']:6.2f} x copy   (held to {held_to} x)   {kernel_s * 1e3:7.2f} ms")
     if arguments.record:
-        write("kernels", rows)
+        write("kernels", rows, beside_others=True)
 
 
 if __name__ == "__main__":
