@@ -9,6 +9,7 @@ import torch
 
 from terncomm.transports.base import RankFailed
 
+_LAST_WORDS_S = 1.0  # for mpirun to pass the traceback on: at MPI_Abort it drops what it has not read yet
 _hooked = False
 
 
@@ -116,6 +117,7 @@ def _abort_on_exception(mpi: Any) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         if mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
+            time.sleep(_LAST_WORDS_S)
             mpi.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook
