@@ -83,7 +83,7 @@ def kernels() -> str:
         lines.append([kernel, *cells, next(iter(mine.values()))["held_to"]])
     made = " ".join(map(origin, {row["machine"]: row for row in found}.values()))
     told = (
-        f"25 MB of float32, one thread, medians of {found[0]['rounds']}. Time over that of a copy, so machines with quick "
+        f"25 MB of float32, one thread, medians of {found[0]['rounds']}. Time over that of a copy: machines with quick "
         f"memory have the larger numbers. {made}"
     )
     return f"{table(['kernel', *[machine.partition(',')[0] for machine in machines], 'aim'], lines[::-1])}\n\n{told}"

@@ -321,7 +321,7 @@ def test_bytes_are_counted_and_recorded(script, tmp_path, capfd, monkeypatch):
         assert record["history"] == [{"step": 1, "seconds": 0.5}]
         assert set(record["provenance"]) == {"terncomm", "torch", "python", "commit", "machine", "date"}
     err = capfd.readouterr().err
-    assert "MB per rank: sent 0.0" in err
+    assert "MB at each rank's interface, gradients and all else: sent 0.0" in err
     assert "1 lines of TERNCOMM_METRICS are not JSON" in err
     assert not list(tmp_path.glob("terncomm-cluster-*"))
 
