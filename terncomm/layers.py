@@ -141,9 +141,17 @@ def matching(skip: Collection[str], names: Iterable[str]) -> set[str]:
 
 def in_memory_order(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """`flat` in the shape of the parameter, elements in the order in which it holds them, as in DDP's buckets."""
-    dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
-    return (
-        flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())
-        if dense
-        else flat.view(parameter.shape)
-    )
+    if _is_dense(parameter):
+        return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())
+    return flat.view(parameter.shape)
+
+
+def _is_dense(parameter: torch.Tensor) -> bool:
+    """Whether its elements fill a piece of memory, in whatever order of the dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size > 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True

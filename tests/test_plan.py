@@ -15,7 +15,7 @@ from torch import nn
 from terncomm.cli import main
 from terncomm.exchange import Message
 from terncomm.simulator.codec_costs import FREE, Cost, Echo, measure
-from terncomm.simulator.fabric import AT_ONCE, Measured, Software, Switched
+from terncomm.simulator.fabric import Measured, Software, Switched
 from terncomm.simulator.links import Link
 from terncomm.simulator.networks import NETWORKS, of_module, of_size, parse_count
 from terncomm.simulator.plan import DEVICES, WORTH, Device, Job, advice, plan
@@ -99,8 +99,8 @@ def test_bytes_through_a_node(kind, per_node, wanted):
 def test_delays_and_rounds():
     slow = Switched(Link("", 8e15, delay_s=0.01, efficiency=1.0), software=QUICK)
     assert slow.seconds(Message("all_reduce", 1000), 4) == pytest.approx(6 * 0.01)  # 2 (W - 1) rounds
-    assert slow.seconds(Message("all_gather", AT_ONCE), 4) == pytest.approx(0.01)
-    assert slow.seconds(Message("all_gather", AT_ONCE + 1), 4) == pytest.approx(3 * 0.01)
+    assert slow.seconds(Message("all_gather", 2**20), 4) == pytest.approx(0.01)  # on its way for longer than it takes
+    assert slow.seconds(Message("all_gather", 2**20 + 1), 4) == pytest.approx(3 * 0.01)
     tree = Switched(slow.link, software=Software("", 0.0, 0.0, tree=True))
     assert tree.seconds(Message("all_reduce", 1000), 1024) == pytest.approx(2 * 10 * 0.01)
     incast = Switched(MBYTE, software=Software("", 0.0, 0.0, incast=1.5))
@@ -165,7 +165,7 @@ def test_slow_links_and_many_workers_favour_codecs():
         order = [times[workers, "1gbit", codec] for codec in ("none", "fp16", "int8", "terngrad")]
         assert order == sorted(order, reverse=True)
         gain = [times[workers, link, "none"] / times[workers, link, "terngrad"] for link in ("1gbit", "100gbit")]
-        assert gain[0] > 3 * gain[1]
+        assert gain[0] > 1.5 * gain[1]
 
 
 def test_embeddings_and_heads_travel_exactly():

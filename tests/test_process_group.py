@@ -11,7 +11,7 @@ from terncomm.keys import Key
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, Metered, ProcessGroupTransport
-from terncomm.transports.process_group import STEPPED
+from terncomm.transports.process_group import AT_ONCE, at_once_for
 
 SIZES = (0, 1, 2, 7, 255, 1001)
 WORLDS = (2, 3, 4)
@@ -96,5 +96,21 @@ def large_rows(numel):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("over", [0, 1, 12345])
 def test_large_rows_go_one_after_the_other(on_ranks, world_size, over):
-    numel = STEPPED // (world_size - 1) + over
-    assert all(on_ranks(world_size, large_rows, numel))
+    assert all(on_ranks(world_size, large_rows, AT_ONCE + over))
+
+
+def adapted():
+    transport = ProcessGroupTransport(dist.group.WORLD)
+    transport.adapt()
+    chosen = transport.at_once
+    payload = torch.full((chosen + 1,), transport.rank, dtype=torch.uint8)
+    return chosen, transport.all_gather(payload)[:, -1].tolist()
+
+
+def test_what_is_sent_at_once_is_chosen_alike(on_ranks):
+    found = on_ranks(3, adapted)
+    assert len({chosen for chosen, _ in found}) == 1
+    assert 2**13 <= found[0][0] <= 2**20
+    assert all(last == [0, 1, 2] for _, last in found)
+    assert at_once_for(2e-3, 12.5e6) == 25_000  # what 100 Mbit/s carry in 2 ms
+    assert (at_once_for(1e-4, 1e6), at_once_for(0.025, 1e9)) == (2**13, 2**20)

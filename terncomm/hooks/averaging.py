@@ -166,7 +166,7 @@ class Averaging:
             "terncomm version": __version__,
             "codec": repr(self.codec),
             "seed": self.seed,
-            "skip": list(self._layers.skip),
+            "skip": sorted(self._layers.skip),
             "min_numel": self._layers.min_numel,
             "warmup_steps": self.warmup_steps,
             "exchange": self.exchange,

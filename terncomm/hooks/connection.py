@@ -203,6 +203,8 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
     connection = Connection(Metered(transport), transport, board)
     try:
         agree_on(configuration, connection.transport, device=device)
+        if theirs.name() == "gloo":
+            transport.adapt()
     except RankFailed as error:
         raise connection.fail(error, "comparing configurations") from error
     return connection

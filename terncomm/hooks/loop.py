@@ -85,6 +85,8 @@ class GradientAverager(Averaging):
         )
         if isinstance(params, nn.Module):
             self._layers.adopt(params)
+        self._given = list(parameters.items())
+        self._needed = [parameter.requires_grad for _, parameter in self._given]
         self._parameters = list(self._layers.numbers)
         if not self._parameters:
             raise ValueError("no parameter requires a gradient: there is nothing to reduce")
@@ -99,9 +101,9 @@ class GradientAverager(Averaging):
 
     def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
         """Meet the other ranks, and see that they are configured alike."""
-        shapes = ", ".join(f"{tuple(parameter.shape)} {parameter.dtype}" for parameter in self._parameters)
+        shapes = ", ".join(f"{tuple(p.shape)} {p.stride()} {p.dtype}" for p in self._parameters)
         total = sum(parameter.numel() for parameter in self._parameters)
-        held = f"{len(self._parameters)} tensors of {total} elements (shapes {zlib.crc32(shapes.encode()):08x})"
+        held = f"{len(self._parameters)} tensors of {total} elements (strides {zlib.crc32(shapes.encode()):08x})"
         configuration = {**self._configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
         home = self._parameters[0].device
         if transport is None or isinstance(transport, dist.ProcessGroup):
@@ -120,16 +122,22 @@ class GradientAverager(Averaging):
         Raises:
             RankFailed: another rank failed or does not come.
             RanksDiffer: ranks are not in step.
-            RuntimeError: an earlier reduction failed; start again from a checkpoint.
+            RuntimeError: an earlier reduction failed; start again from a checkpoint. Or a parameter was frozen, or no
+                longer is, since this was made.
         """
+        for (name, parameter), needed in zip(self._given, self._needed, strict=True):
+            if parameter.requires_grad != needed:
+                now = "requires a gradient now" if parameter.requires_grad else "requires no gradient any more"
+                raise RuntimeError(f"{name} {now}: make a new GradientAverager, and give it this one's state_dict()")
         gradients = []
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter, requires_grad=False)
-            gradients.append(parameter.grad)
-        for parameter, mean in zip(self._parameters, self._reduce(gradients), strict=True):
-            parameter.grad = mean
+        for each in self._parameters:
+            if each.grad is None:
+                each.grad = torch.zeros_like(each, requires_grad=False)
+            gradients.append(each.grad)
+        for each, mean in zip(self._parameters, self._reduce(gradients), strict=True):
+            each.grad = mean
 
+    @torch.no_grad()
     def _reduce(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Gradients in the order of the parameters -> their means: the same tensors, but for sparse ones."""
         if self._failed is not None:
@@ -244,11 +252,18 @@ def reduce_gradients(
     tensors = [] if any(given) else [(name, _writable(name, each)) for name, each in named]
     what: list[Any] = [(name, tuple(each.shape), each.dtype) for name, each in tensors]
     known = vars(transport).setdefault(_CACHE, {})
-    key = repr((what or [id(each) for _, each in named], codec, sorted(options.items())))
+    given_options = {n: sorted(o) if isinstance(o, (set, frozenset)) else o for n, o in options.items()}
+    key = repr(
+        (
+            what or [(id(p), isinstance(p, torch.Tensor) and p.requires_grad) for _, p in named],
+            codec,
+            sorted(given_options.items()),
+        )
+    )
     if key not in known:
         described: Any = params
         if tensors:
-            described = [(n, nn.Parameter(torch.empty_like(each, device="meta"))) for n, each in tensors]
+            described = [(n, nn.Parameter(torch.empty(t.shape, dtype=t.dtype, device="meta"))) for n, t in tensors]
         elif not isinstance(params, nn.Module):
             described = named
         known[key] = GradientAverager(described, codec, transport, **options)
@@ -274,6 +289,10 @@ def _named(params: Parameters) -> list[tuple[str, Gradient]]:
     else:
         pairs = list(params.items() if isinstance(params, Mapping) else params)
     named = [each if isinstance(each, tuple) else (f"parameter {place}", each) for place, each in enumerate(pairs)]
+    if len({name for name, _ in named}) < len(named):
+        names = [name for name, _ in named]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two parameters are named {twice}: names tell them apart")
     for name, each in named:
         if not isinstance(each, (torch.Tensor, np.ndarray)):
             raise TypeError(f"wanted torch tensors or numpy arrays, {name} is {type(each).__name__}")
@@ -290,6 +309,10 @@ def _writable(name: str, gradient: Gradient) -> torch.Tensor:
         raise TypeError(f"gradients must be floats, {name} is {gradient.dtype}")
     if gradient.requires_grad:
         raise TypeError(f"{name} requires a gradient and is no nn.Parameter: give its .grad")
+    if gradient.layout == torch.strided and any(
+        s == 0 < n - 1 for s, n in zip(gradient.stride(), gradient.shape, strict=True)
+    ):
+        raise ValueError(f"{name} is expanded, several of its elements are one: gradients are replaced in place")
     return gradient
 
 

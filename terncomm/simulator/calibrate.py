@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from terncomm.simulator.fabric import KINDS, Measured
-from terncomm.transports.process_group import AT_ONCE, ProcessGroupTransport
+from terncomm.transports import ProcessGroupTransport
 
 SIZES = (1 << 10, 24 << 10, 120 << 10, 600 << 10, 2400 << 10, 7 << 20)  # bytes that a rank sends in a call
 _ENOUGH = 1 << 20  # bytes that a measurement sends at least: more than a token bucket lets through at once
@@ -50,6 +50,7 @@ def calibrate(group: Any, *, budget_s: float = 30.0, tell: Callable[[str], None]
     world_size = transport.world_size
     if world_size < 2:
         raise ValueError("a group of one rank sends nothing; start at least 2")
+    transport.adapt()
     points: dict[str, list[tuple[float, float]]] = {}
     busy, rate = [], 0.0
     for kind in KINDS:
@@ -58,7 +59,7 @@ def calibrate(group: Any, *, budget_s: float = 30.0, tell: Callable[[str], None]
         for size in SIZES:
             nbytes = -(-size // (world_size - 1))
             if kind == "all_gather":
-                nbytes += AT_ONCE  # below that, it goes all to all
+                nbytes += transport.at_once  # below that, it goes all to all
             if len(found) >= 2 and _left_s(ends, transport) < (1 + _ROUNDS) * _line(found, nbytes):
                 break
             call = _call(kind, nbytes, transport, group)
@@ -69,7 +70,7 @@ def calibrate(group: Any, *, budget_s: float = 30.0, tell: Callable[[str], None]
             tell(f"{kind:10} {(world_size - 1) * nbytes / 1e3:8.0f} kB in {1e3 * seconds:8.2f} ms")
         busy.append(busy_now)
     wire_busy = min(statistics.fmean(busy), 1.0)
-    return Calibration(Measured(world_size, points), wire_busy, rate, points["all_to_all"][0][1])
+    return Calibration(Measured(world_size, points, transport.at_once), wire_busy, rate, points["all_to_all"][0][1])
 
 
 def _line(points: list[tuple[float, float]], nbytes: int) -> float:

@@ -131,6 +131,7 @@ def with_waiting(
     about `budget_s` for each size.
     """
     transport = ProcessGroupTransport(group)
+    transport.adapt()
     beyond = []
     for numel in sizes:
         layers = Segments([numel])

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from terncomm.exchange import Message
 from terncomm.simulator.links import Link
-from terncomm.transports.process_group import AT_ONCE, goes_in_steps
+from terncomm.transports.process_group import AT_ONCE, at_once_for, goes_in_steps
 
 
 class Fabric(Protocol):
@@ -78,11 +78,12 @@ class Switched:
         software = self.software
         link = self.link if far else self.inside
         hop_s = software.round_s + (link.delay_s if link else 0.0)
+        at_once = at_once_for(hop_s, link.payload_bytes_per_s if link else 1e12)
         sent = message.nbytes * (world_size - 1)
-        if kind_of(message) == "all_to_all":
+        if kind_of(message, at_once) == "all_to_all":
             out_s = near * far * message.nbytes / self.link.payload_bytes_per_s
             in_s = (near - 1) * message.nbytes / self.inside.payload_bytes_per_s if self.inside else 0.0
-            if software.steps and goes_in_steps(world_size, message.nbytes):
+            if software.steps and goes_in_steps(world_size, message.nbytes, at_once):
                 return (world_size - 1) * (hop_s + software.message_s) + max(out_s, in_s)
             crowded = software.incast if world_size > 2 else 1.0
             return hop_s + (world_size - 1) * software.message_s + crowded * max(out_s, in_s)
@@ -105,10 +106,12 @@ class Measured:
 
     points: for each of KINDS, (nbytes of a message to one other rank, seconds), ascending. Between
         two points, and beyond the last two, the line through them holds: an alpha and a beta for each range of sizes.
+    at_once: bytes up to which all-gathers go to all ranks at the same time.
     """
 
     world_size: int
     points: Mapping[str, Sequence[tuple[float, float]]]
+    at_once: int = AT_ONCE
 
     def seconds(self, message: Message, world_size: int) -> float:
         """See :class:`Fabric`. Raises ValueError for another world size than was measured."""
@@ -116,7 +119,7 @@ class Measured:
             raise ValueError(f"measured were {self.world_size} ranks, not {world_size}")
         if message.nbytes == 0:
             return 0.0
-        points = self.points[kind_of(message)]
+        points = self.points[kind_of(message, self.at_once)]
         place = min(max(bisect.bisect([n for n, _ in points], message.nbytes), 1), len(points) - 1)
         (n0, t0), (n1, t1) = points[place - 1], points[place]
         slope = (t1 - t0) / (n1 - n0)
@@ -128,6 +131,6 @@ class Measured:
 KINDS = ("all_reduce", "all_to_all", "all_gather")  # the last: round a ring
 
 
-def kind_of(message: Message) -> str:
+def kind_of(message: Message, at_once: int = AT_ONCE) -> str:
     """Of KINDS: a small all-gather is sent as an all-to-all."""
-    return "all_to_all" if message.kind == "all_gather" and message.nbytes <= AT_ONCE else message.kind
+    return "all_to_all" if message.kind == "all_gather" and message.nbytes <= at_once else message.kind

@@ -1,5 +1,6 @@
 """A torch.distributed process group as a transport."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,12 @@ import torch.distributed as dist
 
 from terncomm.transports.base import RankFailed
 
-AT_ONCE = 1 << 18  # bytes; all-gathers of less go to all ranks at the same time, larger ones round a ring
-STEPPED = 1 << 20  # bytes that a rank sends in an all-to-all of more than two; above, to one rank after the other
+# Bytes to each other rank: messages of at most so many go to all ranks at the same time, larger ones to one after the
+# other. Flows that meet in a link crowd each other out (100 Mbit/s, 4 ranks, 50 kB: 30 %), and a further step costs a
+# message's way. So those go alone that keep a link busy for longer than they are on their way.
+AT_ONCE = 1 << 17  # until :meth:`ProcessGroupTransport.adapt` knows the links
+_LEAST, _MOST = 1 << 13, 1 << 20
+_PROBE = 1 << 20  # bytes that each rank sends to find out the rate
 
 
 class ProcessGroupTransport:
@@ -27,6 +32,7 @@ class ProcessGroupTransport:
 
     def __init__(self, group: Any) -> None:
         self._group = group
+        self.at_once = AT_ONCE  # equal on all ranks
         self.rank: int = group.rank()
         self.world_size: int = group.size()
 
@@ -34,13 +40,28 @@ class ProcessGroupTransport:
         """Let go of the group. If nothing else holds it, calls that other ranks wait in raise at once."""
         self._group = None
 
+    def adapt(self) -> None:
+        """Choose, by the time of messages of two sizes, which go to all ranks at once. Collective; all choose alike."""
+        if self.world_size == 1:
+            return
+        rows = torch.zeros(self.world_size, _PROBE // (self.world_size - 1), dtype=torch.uint8)
+        self.at_once = _PROBE
+        times = []
+        for message in [rows[:, :8].contiguous()] * 5 + [rows] * 2:
+            began = time.perf_counter()
+            self.all_to_all(message)
+            times.append(time.perf_counter() - began)
+        mine = torch.tensor([sorted(times[:5])[2], times[-1]], dtype=torch.float64)
+        round_s, probe_s = self.all_gather(mine.view(torch.uint8)).view(torch.float64).amin(dim=0).tolist()
+        self.at_once = at_once_for(round_s, _PROBE / max(probe_s - round_s, 1e-6))
+
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
         world_size = self.world_size
         if world_size == 1 or payload.numel() == 0:
             return payload.expand(world_size, -1).clone()
         mine, backend = self._at_home(payload)
-        if mine.numel() <= AT_ONCE:
+        if mine.numel() <= self.at_once:
             return self._all_to_all(mine.repeat(world_size, 1), backend).to(payload.device)
         out = mine.new_empty(world_size, mine.numel())
         with _naming_failure():
@@ -59,7 +80,7 @@ class ProcessGroupTransport:
     def _all_to_all(self, rows: torch.Tensor, backend: Any) -> torch.Tensor:
         out = torch.empty_like(rows)
         with _naming_failure():
-            if backend.name() == "gloo" and goes_in_steps(self.world_size, rows.shape[1]):
+            if backend.name() == "gloo" and goes_in_steps(self.world_size, rows.shape[1], self.at_once):
                 return self._stepped(rows, out, backend)
             backend.alltoall_base(out.view(-1), rows.view(-1), [], []).wait()
         return out
@@ -93,9 +114,14 @@ class ProcessGroupTransport:
         return payload.contiguous(), backend
 
 
-def goes_in_steps(world_size: int, nbytes: int) -> bool:
+def at_once_for(round_s: float, bytes_per_s: float) -> int:
+    """The largest message to go to all ranks at the same time: small ones take `round_s`, a link carries so much."""
+    return int(min(max(round_s * bytes_per_s, _LEAST), _MOST))
+
+
+def goes_in_steps(world_size: int, nbytes: int, at_once: int = AT_ONCE) -> bool:
     """Whether an all-to-all of rows of so many bytes goes to one rank after the other on gloo."""
-    return world_size == 2 or (world_size - 1) * nbytes > STEPPED
+    return world_size == 2 or nbytes > at_once
 
 
 def backend_for(group: Any, device: torch.device) -> Any:
