@@ -54,9 +54,11 @@ class Shards:
         places = torch.tensor([0, *chunks]).cumsum(0).tolist()
         self.row = places.pop()
         every = list(zip(sizes, chunks, places, numbers, strict=True))
-        self._coded = [each for each, code in zip(every, coded, strict=True) if code]
-        self.exact = [(place, chunk) for (_, chunk, place, _), code in zip(every, coded, strict=True) if not code]
+        which = [code and size > 0 for code, size in zip(coded, sizes, strict=True)]
+        self._coded = [each for each, code in zip(every, which, strict=True) if code]
+        self.exact = [(each[2], each[1]) for each, code in zip(every, which, strict=True) if not code]
         self.exact_numel = sum(chunk for _, chunk in self.exact)
+        self.checksum = zlib.crc32(repr((every, which)).encode())
         self._cuts: dict[Codec, Cut] = {}
 
     @cached_property
@@ -66,7 +68,7 @@ class Shards:
 
     def whole(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """The coded parameters out of (W, k), each (size,) in its own order."""
-        return [rows[:, place : place + chunk].reshape(-1)[:size] for size, chunk, place, _ in self._coded]
+        return [rows[:, place : place + chunk].contiguous().view(-1)[:size] for size, chunk, place, _ in self._coded]
 
     def own(self, rank: int) -> tuple[Segments, Segments]:
         """The coded and the exact layers of one row, as a buffer of its own."""
@@ -164,15 +166,14 @@ def reduce_scatter(
         local = torch.zeros(0, device=flat.device)
         if codec is not None and coded:
             local = torch.cat([codec.measure(each, codec.scaled(Segments([len(each)]))) for each in shards.whole(rows)])
-    layout = f"{shards.layers.table.tolist()} {shards.exact} {divisor}".encode()
     header = Header(
         key.seed,
         key.step,
         key.bucket,
         flat.numel(),
         shards.layers.numel if coded else 0,
-        zlib.crc32(f"{codec!r} {flat.dtype} scatter".encode()),
-        zlib.crc32(layout),
+        zlib.crc32(f"{codec!r} {flat.dtype} scatter, over {divisor}".encode()),
+        shards.checksum,
     )
     with clock("exchange"):
         shared = share(local, header, transport, later)

@@ -78,13 +78,39 @@ def silent(transport):
         os._exit(0)  # MPI cannot take back a call that is under way
 
 
+def interrupted(transport):
+    """What an interrupt leaves under way must not be taken for the answer to a later call."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if transport.rank == 1:
+        time.sleep(3)
+        return "late"
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        transport.all_gather(octets(0, 10))
+    except KeyboardInterrupt:
+        try:
+            transport.all_gather(octets(0, 10))
+        except RankFailed as error:
+            print(json.dumps(str(error)), flush=True)
+    os._exit(0)
+
+
 def main():
     torch.set_num_threads(1)
     folder, what, *arguments = sys.argv[1:]
     transport = MPITransport(timeout_s=0.5 if what == "silent" else 60)
-    result = {"conformance": conformance, "digest": digest, "raises": raises, "killed": killed, "silent": silent}[what](
-        transport, *arguments
-    )
+    result = {
+        "conformance": conformance,
+        "digest": digest,
+        "raises": raises,
+        "killed": killed,
+        "silent": silent,
+        "interrupted": interrupted,
+    }[what](transport, *arguments)
     assert not torch.distributed.is_initialized()
     Path(folder, str(transport.rank)).write_text(json.dumps(result))  # lines of ranks may be mixed on standard output
 

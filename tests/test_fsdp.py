@@ -6,9 +6,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
+from terncomm.keys import Key
+from terncomm.reduce import all_reduce_mean
+from terncomm.scatter import Shards, reduce_scatter
+from terncomm.segments import Segments
+from terncomm.transports import LocalTransport, ProcessGroupTransport
 
 
 class Block(nn.Module):
@@ -146,6 +152,71 @@ def test_mixed_precision(on_ranks, reduce_dtype):
     on_ranks(2, mixed, reduce_dtype)
 
 
+def along_the_other_dimension():
+    """A weight that is cut along its second dimension travels exactly, and the others as ever."""
+
+    def placed(parameter):
+        return Shard(1) if parameter.shape == (67, 54) else Shard(0)
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(54, 67), nn.Linear(67, 66), nn.Linear(66, 3))
+        return fully_shard(model, shard_placement_fn=placed)
+
+    plain, coded = made(), made()
+    state = terncomm.register(coded, "int8")
+    for model in (plain, coded):
+        model(torch.randn(4, 54, generator=torch.Generator().manual_seed(dist.get_rank()))).square().mean().backward()
+    wanted, found = whole(plain), whole(coded)
+    torch.testing.assert_close(found["0.weight"], wanted["0.weight"], rtol=1e-6, atol=1e-9)
+    error = (found["1.weight"] - wanted["1.weight"]).norm() / wanted["1.weight"].norm()
+    assert 1e-4 < error < 0.03
+    assert state.stats()["coded_numel"] == 67 * 66
+
+
+def test_other_dimensions_are_exact(on_ranks):
+    on_ranks(2, along_the_other_dimension)
+
+
+def between_replicas_is_the_path():
+    """What the hook leaves is `all_reduce_mean` of the reduced shard: noise by the place in the parameter."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    plain, model = sharded(mesh["shard"]), sharded(mesh["shard"])
+    state = terncomm.register(model, "terngrad", replicas=mesh.get_group("replicate"), warmup_steps=1, seed=9)
+    transport = ProcessGroupTransport(mesh.get_group("replicate"))
+    number = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+    for step in range(2):
+        backward(plain, step)
+        backward(model, step)
+        for name, parameter in plain.named_parameters():
+            local = parameter.grad.to_local().clone().flatten()
+            layer, key = number[name], Key(9, step, 0)
+            rows = -(-parameter.shape[0] // 2)
+            base = mesh["shard"].get_local_rank() * rows * parameter[0].numel() if parameter.dim() else 0
+            coded = step > 0 and name in ("one.up.weight", "one.down.weight", "two.up.weight", "two.down.weight")
+            layers = Segments([local.numel()], layers=[layer], bases=[base])
+            if coded:
+                all_reduce_mean(local, layers, state.codec, transport, key=key)
+            else:
+                all_reduce_mean(local, Segments(()), None, transport, key=key, exact=layers)
+            found = model.get_parameter(name).grad.to_local().flatten()
+            assert torch.equal(found, local), (step, name)
+
+
+def test_between_replicas_it_is_the_path(on_ranks):
+    on_ranks(4, between_replicas_is_the_path)
+
+
+def replicas_that_are_none():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    with pytest.raises(ValueError, match="replicas: wanted the group of the ranks that hold the same shard"):
+        terncomm.register(sharded(mesh["shard"]), "int8", replicas=mesh.get_group("shard"))
+
+
+def test_a_group_that_holds_no_replicas_is_refused(on_ranks):
+    on_ranks(4, replicas_that_are_none)
+
+
 def between_replicas(codec):
     """Two nodes of two ranks: shards inside, replicas between."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -183,6 +254,70 @@ def test_native_hybrid_sharding_is_refused_with_the_route(on_ranks):
     on_ranks(4, native_hybrid_is_refused)
 
 
+def frozen_later():
+    """Layouts follow what requires a gradient now; what did not when it was registered is unknown."""
+    plain, model = sharded(), sharded()
+    terncomm.register(model, "int8", exempt=(), min_numel=10**9)
+    for step in range(3):
+        for each in (plain, model):
+            each.two.up.requires_grad_(step == 1)
+            backward(each, step)
+        wanted = {name: p.grad.full_tensor() for name, p in plain.named_parameters() if p.grad is not None}
+        found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        assert wanted.keys() == found.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-9)
+    late = sharded()
+    late.one.up.requires_grad_(False)
+    terncomm.register(late, "int8")
+    late.one.up.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"required no gradient when terncomm\.register was called"):
+        backward(late, 0)
+
+
+def test_parameters_that_are_frozen_later(on_ranks):
+    on_ranks(2, frozen_later)
+
+
+def after_a_forward_pass():
+    """The root keeps its weights gathered after one, as other objects: what is exempt must stay so."""
+    model = sharded()
+    with torch.no_grad():
+        model(torch.zeros(2, 3, dtype=torch.int64))
+    state = terncomm.register(model, "terngrad")
+    backward(model, 0)
+    assert state.stats()["coded_numel"] == 4 * 67 * 53
+    assert any(name.startswith("clip_norm_lost/") for name in state.stats())
+    with pytest.raises(RuntimeError, match="is registered already"):
+        terncomm.register(model, "int8")
+
+
+def test_registering_after_a_forward_pass(on_ranks):
+    on_ranks(2, after_a_forward_pass)
+
+
+@pytest.mark.parametrize("divisor", [1.0, 3.0])
+def test_padding_becomes_zero_and_exact_layers_are_exact(divisor):
+    """Three ranks; parameters of 10, 7 and 1 elements, the second coded."""
+    shards = Shards([10, 7, 1], [4, 3, 1], [0, 1, 2], [False, True, False], 3)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randint(-8, 9, (24,), generator=generator).float() for _ in range(3)]
+
+    def work(transport):
+        out = torch.full((8,), torch.nan)
+        flat = inputs[transport.rank].clone()
+        reduce_scatter(flat, shards, terncomm.Int8(), transport, key=Key(0), divisor=divisor, out=out)
+        return out
+
+    for rank, out in enumerate(LocalTransport.run(3, work)):
+        total = sum(inputs).view(3, 8)[rank] / divisor
+        assert torch.equal(out[:4], total[:4])
+        assert torch.equal(out[7:], total[7:])
+        held = max(0, min(3, 7 - 3 * rank))
+        assert torch.equal(out[4 + held : 7], torch.zeros(3 - held)), "padding"
+        torch.testing.assert_close(out[4 : 4 + held], total[4 : 4 + held], rtol=0, atol=3 * 8 / 127 / divisor * 1.01)
+
+
 def missing_gradient():
     model = sharded()
     terncomm.register(model, "int8")
@@ -208,7 +343,7 @@ def resumed():
     c.load_state_dict(b.state_dict())
     for step in range(2, 4):
         backward(second, step)
-    assert a.state_dict() == c.state_dict() == {"step": 3, "seed": 0}
+    assert a.state_dict() == c.state_dict() == {"step": 3, "seed": 0, "steps": [3, 3, 3]}
     for name, gradient in whole(second).items():
         assert torch.equal(gradient, whole(whole_run)[name]), name
 

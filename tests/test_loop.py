@@ -237,6 +237,43 @@ def test_bad_gradients(params, error, message):
         LocalTransport.run(1, lambda transport: terncomm.reduce_gradients(params, "int8", transport))
 
 
+def test_parameters_that_are_frozen_later_are_told():
+    def work(transport):
+        a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3), requires_grad=False)
+        averager = terncomm.GradientAverager({"a": a, "b": b}, "int8", transport)
+        b.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="b requires a gradient now: make a new GradientAverager"):
+            averager.reduce()
+        a.grad, b.grad = torch.full((3,), 2.0 * transport.rank), torch.full((3,), 4.0 * transport.rank)
+        b.requires_grad_(False)
+        terncomm.reduce_gradients([a, b], "int8", transport)
+        b.requires_grad_(True)
+        a.grad = torch.full((3,), 2.0 * transport.rank)
+        terncomm.reduce_gradients([a, b], "int8", transport)
+        return a.grad.tolist(), b.grad.tolist()
+
+    assert LocalTransport.run(2, work) == [([1.0] * 3, [2.0] * 3)] * 2
+
+
+def test_memory_orders_that_differ_are_told():
+    def work(transport):
+        weight = nn.Parameter(torch.zeros(2, 3, 2, 2))
+        if transport.rank == 1:
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+        terncomm.GradientAverager([weight], "int8", transport)
+
+    with pytest.raises(ConfigurationsDiffer, match="parameters: 1 tensors of 24 elements"):
+        LocalTransport.run(2, work)
+
+
+def test_names_that_occur_twice_are_refused():
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    with pytest.raises(ValueError, match="two parameters are named weight"):
+        terncomm.GradientAverager(
+            [pair for layer in layers for pair in layer.named_parameters()], "int8", *LocalTransport.world(1)
+        )
+
+
 def test_bad_arguments():
     weight = [nn.Parameter(torch.zeros(3))]
     (transport,) = LocalTransport.world(1)

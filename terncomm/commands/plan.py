@@ -62,7 +62,12 @@ def network_of(text: str) -> Network:
         return NETWORKS[text]
     if ":" in text:
         module, example = module_of(text)
-        batch = 1 if example is None else len(example if isinstance(example, torch.Tensor) else example[0])
+        first = example[0] if isinstance(example, tuple) and example else example
+        if first is not None and not (isinstance(first, torch.Tensor) and first.dim()):
+            raise ValueError(
+                f"{text}: wanted an example input that is a tensor of samples, or a tuple that starts with one"
+            )
+        batch = 1 if first is None else len(first)
         return of_module(module, text, example=example, exempt=structural(module, GROUPS), batch_size=batch)
     if text.endswith(".py"):
         raise ValueError(f"{text}: which function of it? wanted FILE.py:FUNCTION")

@@ -11,7 +11,7 @@ from terncomm.simulator.records import label_of
 from terncomm.simulator.reductions import CODECS
 from terncomm.simulator.simulate import Experiment
 from terncomm.simulator.sweep import sole_writer, sweep, write
-from terncomm.simulator.workloads import Options
+from terncomm.simulator.workloads import Options, load
 from terncomm.simulator.workloads import add_arguments as add_data_arguments
 
 _ACCUMULATE = "accumulate-"
@@ -103,6 +103,8 @@ def main(args: argparse.Namespace) -> int:
     inside = Link.parse(args.inside) if args.inside else None
     if args.per_node < 1:
         raise ValueError(f"--per-node must be at least 1, got {args.per_node}")
+    for data in {(experiment.data, experiment.options) for experiment in wanted}:
+        load(*data)  # before a folder is made
     path = args.out / "runs.jsonl"
     print(f"MODE: simulated. {len(wanted)} runs, {args.jobs} at a time; records in {path}", flush=True)
     with sole_writer(args.out):

@@ -238,7 +238,7 @@ class Averaging:
         counts["coded_numel"] += coded.numel
         counts["exact_numel"] += exact.numel
         if complaint is not None:
-            _advise(complaint, transport)
+            advise(complaint, transport)
 
     def _run_sparse(self, gradient: torch.Tensor, key: Key, transport: Metered) -> torch.Tensor:
         later = self._later if gradient.is_cuda else None
@@ -256,7 +256,7 @@ class Averaging:
             _sparse_warned = True
             name = self._layers.name(self._layers.number(parameter))
             text = f"the gradient of {name} is sparse: the rows of such gradients are gathered from all ranks, exactly"
-            _advise(text, transport)
+            advise(text, transport)
 
     def _layout(self, buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[Segments, Segments]:
         """The coded and the exact layers of a bucket; DDP rebuilds buckets, so they are known by their parameters."""
@@ -278,10 +278,14 @@ class Averaging:
                 "new one with the model's named_parameters, and give it load_state_dict(old.state_dict())."
             )
 
+    def _looks_at_clipping(self, step: int) -> bool:
+        """Now and then, for it takes time."""
+        since = step - self.warmup_steps
+        return since < _CLIP_STEPS or since % _CLIP_EVERY == 0
+
     def _watch_clipping(self, flat: torch.Tensor, coded: Segments, step: int) -> str | None:
         """Note what clipping takes from each layer, now and then; complain once if it is much."""
-        since = step - self.warmup_steps
-        if len(coded) == 0 or (since >= _CLIP_STEPS and since % _CLIP_EVERY):
+        if len(coded) == 0 or not self._looks_at_clipping(step):
             return None
         lost = self.codec.norm_lost(flat, coded)
         if lost is None:
@@ -310,7 +314,7 @@ def _count(name: str, value: int) -> int:
     return value
 
 
-def _advise(text: str, transport: Metered) -> None:
+def advise(text: str, transport: Metered) -> None:
     """Warn on rank 0."""
     if transport.rank != 0:
         return

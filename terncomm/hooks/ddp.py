@@ -140,6 +140,11 @@ def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
                 break
         else:
             kind = type(model).__name__
+            if kind.startswith("FSDP"):
+                raise TypeError(
+                    f"{kind} is of fully_shard, whose reduce-scatter torch {torch.__version__} lets nobody replace: a "
+                    "newer one, with FSDPModule.set_custom_reduce_scatter, is needed"
+                )
             if kind == "FullyShardedDataParallel":
                 raise TypeError(f"{kind} (FSDP1) is not served: shard with torch.distributed.fsdp.fully_shard (FSDP2)")
             raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model)")

@@ -9,10 +9,15 @@ from torch import nn
 from torch.distributed import ReduceOp
 
 from terncomm.codecs import Codec
-from terncomm.hooks.averaging import Averaging
+from terncomm.hooks.averaging import Averaging, advise
 from terncomm.hooks.connection import Connection, connect
 from terncomm.keys import Key
 from terncomm.scatter import Shards, reduce_scatter
+
+_MISSING = (
+    "FSDP reduces {} elements of {}, whose parameters make {}: one of them got no gradient, and which cannot be told. "
+    "Every parameter of a fully_shard module that requires a gradient must take part in each backward pass"
+)
 
 
 class ShardState(Averaging):
@@ -29,11 +34,16 @@ class ShardState(Averaging):
         self._failed: Exception | None = None
         self._groups: list[_Group] = []
 
-    def load_state_dict(self, saved: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`terncomm.CommState`; `steps` are of each FSDP module, which may be used unequally often."""
+        return {**super().state_dict(), "steps": [group.step for group in self._groups]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """See :class:`terncomm.CommState`."""
         super().load_state_dict(saved)
-        for group in self._groups:
-            group.step = self._step
+        steps = saved.get("steps", [])
+        for place, group in enumerate(self._groups):
+            group.step = int(steps[place]) if len(steps) == len(self._groups) else self._step
 
     def _connect(self, connection: Connection) -> None:
         self._connection, self._transport = connection, connection.transport
@@ -56,31 +66,45 @@ class ShardState(Averaging):
 
 
 class _Group:
-    """The parameters that FSDP reduces together."""
+    """The parameters that FSDP reduces together. They are known by FSDP's own objects: the tensors may be replaced."""
 
     def __init__(self, state: ShardState, index: int, name: str, params: Sequence[Any]) -> None:
         self.state = state
         self.index = index
         self.name = name
-        self.params = [p for p in params if p.sharded_param.requires_grad]
+        self.params = list(params)
         self.step = state._step
-        self._made: tuple[Shards, Shards] | None = None
+        layers = state._layers
+        # Parameters that are sharded along another dimension lie in the buffer in another order than they have.
+        self._known = {
+            place: (layers.numbers[p.sharded_param], p.fsdp_placement.dim == 0 and layers.codes(p.sharded_param))
+            for place, p in enumerate(self.params)
+            if p.sharded_param in layers.numbers
+        }
+        self._made: dict[tuple[int, ...], tuple[Shards, Shards]] = {}
 
     def shards(self, world_size: int) -> tuple[Shards, Shards]:
-        """The layout, and the same with nothing coded."""
-        if self._made is None:
-            layers = self.state._layers
-            shapes = [p._orig_size for p in self.params]
-            sizes = [shape.numel() for shape in shapes]
-            whole = [shape[0] if len(shape) else 1 for shape in shapes]
-            chunks = [-(-d // world_size) * (n // d if d else 0) for d, n in zip(whole, sizes, strict=True)]
-            numbers = [layers.number(p.sharded_param) for p in self.params]
-            # Parameters that are sharded along another dimension lie in the buffer in another order than they have.
-            usual = [p.fsdp_placement.dim == 0 for p in self.params]
-            coded = [u and layers.codes(p.sharded_param) for u, p in zip(usual, self.params, strict=True)]
-            made = [Shards(sizes, chunks, numbers, which, world_size) for which in (coded, [False] * len(sizes))]
-            self._made = made[0], made[1]
-        return self._made
+        """The layout of the parameters that require a gradient now, and the same with nothing coded."""
+        places = tuple(place for place, p in enumerate(self.params) if p.sharded_param.requires_grad)
+        if places not in self._made:
+            if not self._known.keys() >= set(places):
+                raise RuntimeError(
+                    f"a parameter of {self.name} required no gradient when terncomm.register was called, and does now: "
+                    "register first, freeze after that"
+                )
+            shapes = [(self.params[place]._orig_size, self.params[place].fsdp_placement.dim) for place in places]
+            sizes = [shape.numel() for shape, _ in shapes]
+            chunks = [
+                -(-shape[0] // world_size) * shape[1:].numel()
+                if shape and dim == 0
+                else -(-shape.numel() // world_size)
+                for shape, dim in shapes
+            ]
+            numbers, coded = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
+            self._made[places] = tuple(  # type: ignore[assignment]
+                Shards(sizes, chunks, numbers, which, world_size) for which in (coded, [False] * len(sizes))
+            )
+        return self._made[places]
 
     def begin(self) -> tuple[Key, str]:
         """A reduction of these parameters begins."""
@@ -128,14 +152,16 @@ class ReduceScatter:
         assert transport is not None
 
         def work() -> None:
+            state._check_arrived()
             coded, plain = held.shards(transport.world_size)
             shards = coded if state._codes_now(key.step) else plain
             if input_tensor.numel() != transport.world_size * shards.row:
-                raise RuntimeError(
-                    f"FSDP reduces {input_tensor.numel()} elements of {held.name}, whose parameters make "
-                    f"{transport.world_size * shards.row}: one of them got no gradient, and which cannot be told. "
-                    "Every parameter of a fully_shard module must take part in each backward pass"
-                )
+                wanted = transport.world_size * shards.row
+                raise RuntimeError(_MISSING.format(input_tensor.numel(), held.name, wanted))
+            complaint = None
+            if shards.layers.numel and state._looks_at_clipping(key.step):
+                rows = input_tensor.view(transport.world_size, shards.row)
+                complaint = state._watch_clipping(torch.cat(shards.whole(rows)), shards.layers, key.step)
             reduce_scatter(
                 input_tensor,
                 shards,
@@ -152,6 +178,8 @@ class ReduceScatter:
             counts["exact_bytes"] += (transport.world_size - 1) * shards.exact_numel * itemsize
             counts["coded_numel"] += shards.layers.numel
             counts["exact_numel"] += shards.exact_numel * transport.world_size
+            if complaint is not None:
+                advise(complaint, transport)
 
         state._guarded(where, work)
 
@@ -170,8 +198,14 @@ class _BetweenReplicas:
         assert transport is not None
 
         def work() -> None:
+            state._check_arrived()
+            if reduced.is_cuda:  # made on FSDP's stream for reduce-scatter, used on that for all-reduce
+                reduced.record_stream(torch.cuda.current_stream(reduced.device))
             coded_shards, plain = held.shards(self._ranks)
-            coded, exact = (coded_shards if state._codes_now(key.step) else plain).own(self._rank)
+            shards = coded_shards if state._codes_now(key.step) and transport.world_size > 1 else plain
+            if reduced.numel() != shards.row:
+                raise RuntimeError(_MISSING.format(reduced.numel(), held.name, shards.row))
+            coded, exact = shards.own(self._rank)
             state._run(reduced, coded, exact, key, transport)
 
         state._guarded(where, work)
@@ -194,17 +228,6 @@ def register_fsdp(
     Raises:
         TypeError: the model, or a part of it, is sharded in a way that cannot be served; the message says why.
     """
-    state = ShardState(
-        codec,
-        skip=skip,
-        min_numel=min_numel,
-        warmup_steps=warmup_steps,
-        exchange=exchange,
-        seed=seed,
-        exempt=exempt,
-        named_parameters=model.named_parameters(),
-    )
-    state._layers.adopt(model)
     found: list[tuple[str, Any, Any]] = []
     for name, module in model.named_modules():
         if not hasattr(module, "set_custom_reduce_scatter"):
@@ -214,10 +237,15 @@ def register_fsdp(
         groups = [inner._fsdp_param_group] if groups is None else groups
         if len(groups) > 1:
             raise TypeError(f"{name or 'the root'} has parameters on several meshes, which terncomm does not serve")
+        module.reshard()  # after a forward pass the root's parameters are other objects
         found += [(name or "the root", module, group) for group in groups if group is not None]
     if not found:
         raise TypeError("no part of this model holds parameters that fully_shard has sharded")
     for name, _, group in found:
+        if isinstance(group._reduce_scatter_comm, ReduceScatter) or isinstance(
+            group._all_reduce_hook, _BetweenReplicas
+        ):
+            raise RuntimeError(f"{name} is registered already: its state has disable() and enable()")
         if not hasattr(group.mesh_info, "shard_process_group"):
             raise TypeError(f"{name} is replicated, not sharded: use DistributedDataParallel")
         if hasattr(group.mesh_info, "replicate_process_group"):
@@ -230,10 +258,30 @@ def register_fsdp(
     info = found[0][2].mesh_info
     if any(group.mesh_info.shard_process_group is not info.shard_process_group for _, _, group in found):
         raise TypeError("parts of this model are sharded over different groups, which terncomm does not serve")
-    parameter = next(iter(state._layers.numbers))
-    device = parameter.to_local().device if hasattr(parameter, "to_local") else parameter.device
-    configuration = state._configuration() | {"fully_shard modules": len(found), "replicas": replicas is not None}
-    state._connect(connect(replicas or info.shard_process_group, device, configuration))
+    inside = set(dist.get_process_group_ranks(info.shard_process_group))
+    if replicas is not None and inside & set(dist.get_process_group_ranks(replicas)) != {dist.get_rank()}:
+        raise ValueError(
+            "replicas: wanted the group of the ranks that hold the same shard, got one with others of its mesh"
+        )
+    state = ShardState(
+        codec,
+        skip=skip,
+        min_numel=min_numel,
+        warmup_steps=warmup_steps,
+        exchange=exchange,
+        seed=seed,
+        exempt=exempt,
+        named_parameters=model.named_parameters(),
+    )
+    state._layers.adopt(model)
+    if not state._layers.numbers:
+        raise ValueError("no parameter requires a gradient: there is nothing to reduce")
+    configuration = state._configuration() | {
+        "fully_shard modules": len(found),
+        "replicas": replicas is not None,
+        "shard": f"{info.shard_mesh_rank} of {info.shard_mesh_size}" if replicas is not None else "",
+    }
+    state._connect(connect(replicas or info.shard_process_group, found[0][2].device, configuration))
     for index, (name, module, group) in enumerate(found):
         held = _Group(state, index, name, group.fsdp_params)
         state._groups.append(held)

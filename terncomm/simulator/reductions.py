@@ -49,7 +49,8 @@ class Exact:
 
     def messages(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Message]:
         """A ring all-reduce, as the back ends have it."""
-        nbytes = (coded.numel + exact.numel) * min(self.dtype.itemsize, itemsize)
+        each = itemsize if self.dtype == torch.float32 else min(self.dtype.itemsize, itemsize)
+        nbytes = (coded.numel + exact.numel) * each
         return [Message("all_reduce", -(-2 * nbytes // world_size))]
 
     @property

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +69,18 @@ def sweep(
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Inside, no other process is in such a block for this folder. It is made if need be, and not left empty.
+    """Inside, no other process is in such a block for this folder, which is made if need be. Leaves a file there.
 
     Raises:
         BlockingIOError: another one is.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (folder / "runs.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another simulation is writing into {folder}: wait, or choose another") from None
         yield
-    except BlockingIOError:
-        raise BlockingIOError(f"another simulation is writing into {folder}: wait, or choose another folder") from None
-    finally:
-        os.close(descriptor)
-        with suppress(OSError):  # as soon as one is not empty
-            for each in made:
-                each.rmdir()
 
 
 def describe(record: Record) -> str:
