@@ -16,6 +16,7 @@ from terncomm.transports import ProcessGroupTransport
 SIZES = (1 << 10, 24 << 10, 120 << 10, 600 << 10, 2400 << 10, 7 << 20)  # bytes that a rank sends in a call
 _ENOUGH = 1 << 20  # bytes that a measurement sends at least: more than a token bucket lets through at once
 _ROUNDS = 7
+_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def _measure(
     repeat = max(1, min(16, wanted, int(budget_s / _ROUNDS / first_s)))
     found = []
     for _ in range(_ROUNDS):
+        time.sleep(_PAUSE_S)  # as in a step: between buckets a connection is idle
         _of_all([0.0], transport)
         began, worked = time.perf_counter(), time.process_time()
         for _ in range(repeat):
