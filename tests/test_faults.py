@@ -157,7 +157,7 @@ def one_step_more():
 def ring():
     """The victim is killed in the middle of a large all-gather, which goes from rank to rank."""
     model = DistributedDataParallel(nn.Linear(1536, 1536, bias=False))
-    terncomm.register(model, "terngrad", exchange="gather")
+    terncomm.register(model, "int8", exchange="gather")
     for step in range(4):
         if step == 2 and dist.get_rank() == VICTIM:
             transports.ProcessGroupTransport._ring = lambda *args: kill()

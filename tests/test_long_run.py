@@ -62,7 +62,7 @@ def test_ten_thousand_steps_do_not_grow(on_ranks):
 
 def test_hooks_end_with_their_models(on_ranks):
     for early, late in on_ranks(2, many_models):
-        assert late[0] - early[0] < 4e6
+        assert late[0] - early[0] < 6e6  # malloc takes 4 MB at a time
         assert late[1] - early[1] <= 2, "open descriptors"
         assert late[2] - early[2] <= 1, "Python threads"
         assert late[3] - early[3] <= 4, "threads"
