@@ -57,12 +57,12 @@ def rank_main(names: list[str]) -> None:
     )
     together = codec_costs.Together()
     sizes = (3 << 15, 3 << 19)
-    wait = {"fabric": calibration.fabric, "group": dist.group.WORLD, "sizes": sizes, "who": together}
-    cast = codec_costs.measure_cast(numel=sizes[1], who=together)
-    costs = {"none": FREE, "fp16": codec_costs.with_waiting(cast, None, **wait)}
+    costs = {"none": FREE, "fp16": codec_costs.measure_cast(numel=sizes[1], who=together)}
     for codec in ("int8", "terngrad"):
         cost = codec_costs.measure(codec_for(codec), world_size, sizes=sizes, who=together)
-        costs[codec] = codec_costs.with_waiting(cost, codec_for(codec), **wait)
+        costs[codec] = codec_costs.with_waiting(
+            cost, codec_for(codec), calibration.fabric, dist.group.WORLD, sizes=sizes, who=together
+        )
     if dist.get_rank() == 0:
         print(calibration, costs, file=sys.stderr)
     headers = bytes_per_payload_byte()

@@ -148,8 +148,7 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
 
 def _codec_costs(world_size: int, fabric: Fabric) -> dict[str, Cost]:
     together = codec_costs.Together()
-    cast = codec_costs.measure_cast(who=together)
-    found = {"fp16": codec_costs.with_waiting(cast, None, fabric, dist.group.WORLD, who=together)}
+    found = {"fp16": codec_costs.measure_cast(who=together)}
     for codec in ("int8", "terngrad"):
         cost = codec_costs.measure(codec_for(codec), world_size, who=together)
         found[codec] = codec_costs.with_waiting(cost, codec_for(codec), fabric, dist.group.WORLD, who=together)

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from terncomm.codecs import Codec
-from terncomm.exchange import Message
 from terncomm.keys import Key
 from terncomm.reduce import Clock, all_reduce_mean, messages
 from terncomm.segments import Segments
@@ -118,7 +117,7 @@ def of_bucket(codec: Codec, layers: Segments, world_size: int, *, who: Who = _AL
 
 def with_waiting(
     cost: Cost,
-    codec: Codec | None,
+    codec: Codec,
     fabric: Fabric,
     group: Any,
     *,
@@ -128,29 +127,22 @@ def with_waiting(
 ) -> Cost:
     """Time whole buckets of two sizes over a group that nobody else uses, and note what their parts do not explain.
 
-    Messages after a pause, threads that must wake, ranks that wait for the slowest at every message; without a codec,
-    that is for float16, how a back end adds halves. Collective; takes about `budget_s` for each size.
+    Messages after a pause, threads that must wake, ranks that wait for the slowest at every message. Collective; takes
+    about `budget_s` for each size.
     """
     transport = ProcessGroupTransport(group)
     transport.adapt()
-    world_size = transport.world_size
     beyond = []
     for numel in sizes:
         layers = Segments([numel])
-        half = Message("all_reduce", -(-2 * 2 * numel // world_size))
-        calls = [half] if codec is None else messages(layers, codec, world_size)
-        parts_s = sum(cost.seconds(numel)) + sum(fabric.seconds(call, world_size) for call in calls)
+        calls = messages(layers, codec, transport.world_size)
+        parts_s = sum(cost.seconds(numel)) + sum(fabric.seconds(call, transport.world_size) for call in calls)
         gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
 
         def once(step: int, flat: torch.Tensor, layers: Segments = layers) -> list[float]:
             who.meet()
             began = time.perf_counter()
-            if codec is None:
-                sent = flat.to(torch.float16).div_(world_size)
-                dist.all_reduce(sent, group=group)
-                flat.copy_(sent)
-            else:
-                all_reduce_mean(flat, layers, codec, transport, key=Key(0, step))
+            all_reduce_mean(flat, layers, codec, transport, key=Key(0, step))
             return [time.perf_counter() - began]
 
         first = who.slowest([once(0, gradient.clone())])
