@@ -10,6 +10,7 @@ import torch
 from terncomm import ops
 from terncomm.codecs import Codec, codec_for
 from terncomm.exchange import ALGORITHMS
+from terncomm.hooks.connection import Connection
 from terncomm.keys import Key
 from terncomm.layers import Layers
 from terncomm.reduce import DTYPES, Clock, Unchecked, all_reduce_mean, all_reduce_mean_sparse, exact_traffic
@@ -43,7 +44,7 @@ class Averaging:
         ValueError, TypeError: an option that cannot be.
     """
 
-    _OWN: tuple[str, ...] = ("_transport", "_later", "_layouts")  # what belongs to this process alone
+    _OWN: tuple[str, ...] = ("_connection", "_transport", "_later", "_layouts")  # what belongs to this process alone
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Averaging:
 
     def _detach(self) -> None:
         """Hold nothing that belongs to this process alone."""
+        self._connection: Connection | None = None
         self._transport: Metered | None = None
         self._later: list[Unchecked] = []  # headers on their way from the device
         self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
@@ -184,6 +186,11 @@ class Averaging:
             f"{self.codec!r}: {len(coded)} of {len(sizes)} parameter tensors coded, "
             f"{sum(coded) / max(total, 1):.1%} of {total} elements; seed {self.seed}, {world_size} ranks"
         )
+
+    def _connect(self, connection: Connection) -> None:
+        """Use this connection from now on."""
+        self._connection, self._transport = connection, connection.transport
+        self._sent_before = 0
 
     def _begin_step(self) -> None:
         """The first bucket of a backward pass comes; one that is aborted later shifts nothing."""

@@ -10,7 +10,7 @@ from torch.distributed import ReduceOp
 
 from terncomm.codecs import Codec
 from terncomm.hooks.averaging import Averaging, advise
-from terncomm.hooks.connection import Connection, connect
+from terncomm.hooks.connection import connect
 from terncomm.keys import Key
 from terncomm.scatter import Shards, reduce_scatter
 
@@ -26,11 +26,10 @@ class ShardState(Averaging):
     Options are those of :class:`terncomm.CommState`. A step is a reduction of each FSDP module's parameters.
     """
 
-    _OWN = (*Averaging._OWN, "_connection", "_failed", "_groups")
+    _OWN = (*Averaging._OWN, "_failed", "_groups")
 
     def _detach(self) -> None:
         super()._detach()
-        self._connection: Connection | None = None
         self._failed: Exception | None = None
         self._groups: list[_Group] = []
 
@@ -44,10 +43,6 @@ class ShardState(Averaging):
         steps = saved.get("steps", [])
         for place, group in enumerate(self._groups):
             group.step = int(steps[place]) if len(steps) == len(self._groups) else self._step
-
-    def _connect(self, connection: Connection) -> None:
-        self._connection, self._transport = connection, connection.transport
-        self._sent_before = 0
 
     def _codes_now(self, step: int) -> bool:
         return self._enabled_next and step >= self.warmup_steps

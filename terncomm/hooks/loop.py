@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from terncomm.codecs import Codec
 from terncomm.hooks.agreement import agree_on
 from terncomm.hooks.averaging import Averaging
-from terncomm.hooks.connection import Connection, connect
+from terncomm.hooks.connection import connect
 from terncomm.layers import GROUPS, in_memory_order
 from terncomm.transports import Metered, Transport
 
@@ -51,7 +51,7 @@ class GradientAverager(Averaging):
     [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]]
     """
 
-    _OWN = (*Averaging._OWN, "_connection", "_scratch", "_failed")
+    _OWN = (*Averaging._OWN, "_scratch", "_failed")
 
     def __init__(
         self,
@@ -95,7 +95,6 @@ class GradientAverager(Averaging):
 
     def _detach(self) -> None:
         super()._detach()
-        self._connection: Connection | None = None
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._failed: Exception | None = None
 
@@ -108,13 +107,12 @@ class GradientAverager(Averaging):
         home = self._parameters[0].device
         if transport is None or isinstance(transport, dist.ProcessGroup):
             group = transport or dist.distributed_c10d._get_default_group()
-            self._connection = connect(group, home, configuration)
-            self._transport = self._connection.transport
+            self._connect(connect(group, home, configuration))
         else:
             self._transport = Metered(transport)
             device = torch.device("cpu") if home.type == "meta" else home
             agree_on(configuration, self._transport, device=device)
-        self._sent_before = self._transport.sent_bytes
+        self.reset_stats()  # what joining took is not counted
 
     def reduce(self) -> None:
         """Replace the gradient of every parameter by its mean over ranks; one that is None counts as zeros.

@@ -9,7 +9,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from terncomm.codecs import Codec
 from terncomm.hooks.averaging import Averaging
-from terncomm.hooks.connection import Connection, connect
+from terncomm.hooks.connection import connect
 from terncomm.hooks.runner import OrderedWorker, SideStream
 from terncomm.layers import GROUPS
 
@@ -39,7 +39,7 @@ class CommState(Averaging):
         how DDP cuts its buckets. In a world of one rank nothing is coded: the gradients stay as they are.
     """
 
-    _OWN = (*Averaging._OWN, "_group", "_connection", "_worker", "_side_stream")
+    _OWN = (*Averaging._OWN, "_group", "_worker", "_side_stream")
 
     def __init__(
         self,
@@ -68,18 +68,12 @@ class CommState(Averaging):
 
     def _detach(self) -> None:
         super()._detach()
-        self._connection: Connection | None = None
         self._worker = OrderedWorker()
         self._side_stream = SideStream()
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._group = None  # a copy is of the default group
         super().__setstate__(saved)
-
-    def _connect(self, connection: Connection) -> None:
-        """Use this connection from now on."""
-        self._connection, self._transport = connection, connection.transport
-        self._sent_before = 0
 
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer()
