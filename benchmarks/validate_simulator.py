@@ -176,9 +176,7 @@ def measure(name, codec, calibration, cost):
     buckets = [layers.of_bucket(bucket) for bucket in rebuilt_buckets(parameters, BUCKET_CAP_MB)]
     loads = [load_of(*bucket, reduction_for(codec), world_size) for bucket in buckets]
     cores = len(os.sched_getaffinity(0)) / world_size
-    predicted = predict(
-        compute, loads, world_size, calibration.fabric, cost, cores=cores, wire_busy=calibration.wire_busy
-    )
+    predicted = predict(compute, loads, world_size, calibration.fabric, cost, cores=cores)
     low, middle, high = statistics.quantiles(measured, n=4)
     dist.barrier()
     return {

@@ -26,10 +26,14 @@ SMALL = 8192  # bytes; about what a message round of 1 ms moves at 100 Mbit/s
 _PIECE = 1 << 16  # floats added at a time
 
 
+ALL_REDUCE = "all_reduce"  # of floats, as DDP has it without a hook
+ALL_REDUCE_HALF = "all_reduce_half"  # of float16: a processor takes longer to add these
+
+
 class Message(NamedTuple):
     """One collective call: each rank sends `nbytes` to each other rank."""
 
-    kind: str  # "all_gather" or "all_to_all", of a transport; "all_reduce" where DDP does without a hook
+    kind: str  # "all_gather" or "all_to_all", of a transport; else ALL_REDUCE or ALL_REDUCE_HALF, of a back end
     nbytes: int
 
 

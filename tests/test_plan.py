@@ -14,8 +14,9 @@ from torch import nn
 
 from terncomm.cli import main
 from terncomm.exchange import Message
+from terncomm.segments import Segments
 from terncomm.simulator.codec_costs import FREE, Cost, Echo, measure
-from terncomm.simulator.fabric import Measured, Software, Switched
+from terncomm.simulator.fabric import KINDS, Measured, Software, Switched
 from terncomm.simulator.links import Link
 from terncomm.simulator.networks import NETWORKS, of_module, of_size, parse_count
 from terncomm.simulator.plan import DEVICES, WORTH, Device, Job, advice, plan
@@ -111,7 +112,17 @@ def test_delays_and_rounds():
 
 def test_measured_lines():
     points = [(100.0, 1.0), (200.0, 3.0), (400.0, 4.0)]
-    fabric = Measured(4, dict.fromkeys(("all_reduce", "all_to_all", "all_gather"), points))
+    slower = [(n, 2 * s) for n, s in points]
+    fabric = Measured(
+        4, dict.fromkeys(KINDS, points) | {"all_reduce_half": slower}, {kind: 0.1 * i for i, kind in enumerate(KINDS)}
+    )
+    (halves,) = reduction_for("fp16").messages(Segments([300]), Segments([]), 4)  # 2 / 4 of 600 bytes
+    assert fabric.seconds(halves, 4) == pytest.approx(2 * 3.5)
+    assert fabric.busy(halves) == pytest.approx(0.1)
+    (floats,) = reduction_for("none").messages(Segments([150]), Segments([]), 4)
+    assert fabric.seconds(floats, 4) == pytest.approx(3.5)
+    assert fabric.busy(floats) == 0
+    assert fabric.busy(Message("all_gather", 200)) == pytest.approx(0.2)  # a small one goes all to all
     for nbytes, wanted in [(100, 1.0), (150, 2.0), (300, 3.5), (800, 6.0)]:
         assert fabric.seconds(Message("all_to_all", nbytes), 4) == pytest.approx(wanted)
     assert fabric.seconds(Message("all_gather", 0), 4) == 0

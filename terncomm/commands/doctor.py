@@ -118,7 +118,7 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
     compute_s, source = _computing(args, network)
     sharing = max(sum(one[0] == other[0] for other in everyone) for one in everyone)
     cores = len(os.sched_getaffinity(0)) / sharing
-    machine = Device(name="this", flops_per_s=1e12, costs=costs, cores=cores, source="", wire_busy=found.wire_busy)
+    machine = Device(name="this", flops_per_s=1e12, costs=costs, cores=cores, source="")
     job = Job(network, 1, machine, compute_s, args.bucket_cap_mb)
     steps = {codec: job.point(codec, world_size, found.fabric) for codec in GENTLEST}
     tell(f"\n{job.title}; computing {1e3 * compute_s:.0f} ms ({source})")

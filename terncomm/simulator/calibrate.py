@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from terncomm.exchange import ALL_REDUCE, ALL_REDUCE_HALF
 from terncomm.simulator.fabric import KINDS, Measured
 from terncomm.transports import ProcessGroupTransport
 
@@ -24,15 +25,12 @@ class Calibration:
     """What was measured on a group.
 
     Args:
-        fabric: seconds of each call by size.
-        wire_busy: share of a core that a rank's process used while large messages were on their way, the mean over
-            the kinds of call.
+        fabric: seconds of each call by size, and how busy it keeps a core.
         bytes_per_s: sent by each rank in the largest all-reduce.
         round_s: of the smallest all-to-all.
     """
 
     fabric: Measured
-    wire_busy: float
     bytes_per_s: float
     round_s: float
 
@@ -53,7 +51,8 @@ def calibrate(group: Any, *, budget_s: float = 30.0, tell: Callable[[str], None]
         raise ValueError("a group of one rank sends nothing; start at least 2")
     transport.adapt()
     points: dict[str, list[tuple[float, float]]] = {}
-    busy, rate = [], 0.0
+    busy: dict[str, float] = {}
+    rate = 0.0
     for kind in KINDS:
         found = points[kind] = []
         ends = time.perf_counter() + budget_s / len(KINDS)
@@ -66,12 +65,11 @@ def calibrate(group: Any, *, budget_s: float = 30.0, tell: Callable[[str], None]
             call = _call(kind, nbytes, transport, group)
             seconds, busy_now = _measure(call, (world_size - 1) * nbytes, transport, budget_s / len(KINDS) / len(SIZES))
             found.append((float(nbytes), seconds))
-            if kind == "all_reduce":
+            if kind == ALL_REDUCE:
                 rate = max(rate, (world_size - 1) * nbytes / seconds)
-            tell(f"{kind:10} {(world_size - 1) * nbytes / 1e3:8.0f} kB in {1e3 * seconds:8.2f} ms")
-        busy.append(busy_now)
-    wire_busy = min(statistics.fmean(busy), 1.0)
-    return Calibration(Measured(world_size, points, transport.at_once), wire_busy, rate, points["all_to_all"][0][1])
+            tell(f"{kind:15} {(world_size - 1) * nbytes / 1e3:8.0f} kB in {1e3 * seconds:8.2f} ms")
+        busy[kind] = min(busy_now, 1.0)
+    return Calibration(Measured(world_size, points, busy, transport.at_once), rate, points["all_to_all"][0][1])
 
 
 def _line(points: list[tuple[float, float]], nbytes: int) -> float:
@@ -97,7 +95,9 @@ def _call(kind: str, nbytes: int, transport: ProcessGroupTransport, group: Any) 
     if kind == "all_gather":
         payload = torch.zeros(nbytes, dtype=torch.uint8)
         return lambda: transport.all_gather(payload)
-    values = torch.zeros(math.ceil(nbytes * world_size / 2 / 4))  # a ring sends 2 / W of them to the next, W - 1 times
+    dtype = torch.float16 if kind == ALL_REDUCE_HALF else torch.float32
+    numel = math.ceil(nbytes * world_size / 2 / dtype.itemsize)  # a ring sends 2 / W of them to the next, W - 1 times
+    values = torch.zeros(numel, dtype=dtype)
     return lambda: dist.all_reduce(values, group=group)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from terncomm.exchange import Message
+from terncomm.exchange import ALL_REDUCE, ALL_REDUCE_HALF, Message
 from terncomm.simulator.links import Link
 from terncomm.transports.process_group import AT_ONCE, at_once_for, goes_in_steps
 
@@ -21,6 +21,9 @@ class Fabric(Protocol):
 
     def seconds(self, message: Message, world_size: int) -> float:
         """From the call of the last worker until all have what they wait for."""
+
+    def busy(self, message: Message) -> float:
+        """Share of a core that sending and receiving takes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,18 @@ class Switched:
             self.link.payload_bytes_per_s if far else math.inf,
             self.inside.payload_bytes_per_s if self.inside and near > 1 else math.inf,
         )
-        rounds = (world_size - 1) * (2 if message.kind == "all_reduce" else 1)
+        reduces = message.kind in (ALL_REDUCE, ALL_REDUCE_HALF)
+        rounds = (world_size - 1) * (2 if reduces else 1)
         ring_s = rounds * (hop_s + software.message_s) + sent / rate
-        if message.kind != "all_reduce" or not software.tree:
+        if not reduces or not software.tree:
             return ring_s
         whole = message.nbytes * world_size  # along a tree every byte goes up and down once
         tree_s = 2 * math.ceil(math.log2(world_size)) * (hop_s + software.message_s) + whole / rate
         return min(ring_s, tree_s)
+
+    def busy(self, message: Message) -> float:
+        """See :class:`Fabric`. None: what moves the bytes is not described."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -106,11 +114,13 @@ class Measured:
 
     points: for each of KINDS, (nbytes of a message to one other rank, seconds), ascending. Between
         two points, and beyond the last two, the line through them holds: an alpha and a beta for each range of sizes.
+    busy_by_kind: for each of KINDS, the share of a core that the largest message kept busy.
     at_once: bytes up to which all-gathers go to all ranks at the same time.
     """
 
     world_size: int
     points: Mapping[str, Sequence[tuple[float, float]]]
+    busy_by_kind: Mapping[str, float]
     at_once: int = AT_ONCE
 
     def seconds(self, message: Message, world_size: int) -> float:
@@ -127,8 +137,12 @@ class Measured:
             return t1 + max(slope, 0.0) * (message.nbytes - n1)
         return max(t0 + slope * (message.nbytes - n0), 0.5 * points[0][1])
 
+    def busy(self, message: Message) -> float:
+        """See :class:`Fabric`."""
+        return self.busy_by_kind[kind_of(message, self.at_once)]
 
-KINDS = ("all_reduce", "all_to_all", "all_gather")  # the last: round a ring
+
+KINDS = (ALL_REDUCE, ALL_REDUCE_HALF, "all_to_all", "all_gather")  # the last: round a ring
 
 
 def kind_of(message: Message, at_once: int = AT_ONCE) -> str:

@@ -39,7 +39,6 @@ class Device:
         costs: of each codec's arithmetic.
         cores: for computing and reducing at the same time: 2 where they do not disturb each other.
         source: where the numbers are from.
-        wire_busy: share of a core that sending and receiving takes.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Device:
     costs: Mapping[str, Cost]
     cores: float
     source: str
-    wire_busy: float = 0.0
 
 
 def _linear(fixed_us: tuple[float, float, float], per_element_ns: tuple[float, float, float]) -> Cost:
@@ -125,7 +123,7 @@ class Job:
         compute, _ = self._laid_out
         loads = self._loads(codec, workers)
         device = self.device
-        return predict(compute, loads, workers, fabric, cost, cores=device.cores, wire_busy=device.wire_busy)
+        return predict(compute, loads, workers, fabric, cost, cores=device.cores)
 
     def sent_bytes(self, codec: str, workers: int) -> int:
         """Bytes that each worker sends in a step."""

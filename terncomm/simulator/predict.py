@@ -36,7 +36,6 @@ def predict(
     cost: Cost,
     *,
     cores: float = 2.0,
-    wire_busy: float = 0.0,
 ) -> StepTime:
     """The time of a step.
 
@@ -47,17 +46,16 @@ def predict(
         fabric: what joins the workers.
         cost: of the codec's arithmetic on a worker.
         cores: that a worker has for computing and reducing at the same time.
-        wire_busy: share of a core that sending and receiving takes meanwhile.
     """
     if world_size == 1:
         return StepTime(compute.total_s)
-    buckets = [_stages(load, world_size, fabric, cost, wire_busy) for load in loads]
+    buckets = [_stages(load, world_size, fabric, cost) for load in loads]
     return step_time(compute, buckets, cores=cores)
 
 
-def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost, wire_busy: float) -> list[Stage]:
+def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost) -> list[Stage]:
     """What happens to a bucket, in order: encode, the calls that lead to the sums, add up, their way back, decode."""
-    wires = [Stage(WIRE, fabric.seconds(call, world_size), wire_busy) for call in load.calls]
+    wires = [Stage(WIRE, fabric.seconds(call, world_size), fabric.busy(call)) for call in load.calls]
     wires.insert(0, Stage(WIRE, cost.waiting_s(load.elements) if load.elements else 0.0))
     encode, add, decode = load.cost_s or (cost.seconds(load.elements) if load.elements else (0.0, 0.0, 0.0))
     return [Stage(ENCODE, encode), *wires[:-1], Stage(DECODE, add), *wires[-1:], Stage(DECODE, decode)]

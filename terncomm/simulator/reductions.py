@@ -8,7 +8,7 @@ import torch
 
 from terncomm import exchange as exchanges
 from terncomm.codecs import Codec, Int8, Ternary, codec_for
-from terncomm.exchange import Message
+from terncomm.exchange import ALL_REDUCE, ALL_REDUCE_HALF, Message
 from terncomm.keys import Key
 from terncomm.reduce import all_reduce_mean, messages
 from terncomm.segments import Segments
@@ -51,7 +51,8 @@ class Exact:
         """A ring all-reduce, as the back ends have it."""
         each = itemsize if self.dtype == torch.float32 else min(self.dtype.itemsize, itemsize)
         nbytes = (coded.numel + exact.numel) * each
-        return [Message("all_reduce", -(-2 * nbytes // world_size))]
+        kind = ALL_REDUCE_HALF if each < 4 else ALL_REDUCE
+        return [Message(kind, -(-2 * nbytes // world_size))]
 
     @property
     def whole(self) -> bool:
