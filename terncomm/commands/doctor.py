@@ -92,7 +92,7 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
         return 2
     tell(f"MODE: measured. {world_size} ranks over gloo; about {args.seconds:.0f} s ...")
     before = interfaces.traffic()
-    found = calibrate(dist.group.WORLD, budget_s=args.seconds / 2)
+    found = calibrate(dist.group.WORLD, budget_s=args.seconds * 2 / 3)
     name = interfaces.busiest(before, interfaces.traffic())
     mine = [
         interfaces.machine_id(),

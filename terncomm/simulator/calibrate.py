@@ -35,7 +35,7 @@ class Calibration:
     round_s: float
 
 
-def calibrate(group: Any, *, budget_s: float = 30.0, tell: Callable[[str], None] = lambda line: None) -> Calibration:
+def calibrate(group: Any, *, budget_s: float = 40.0, tell: Callable[[str], None] = lambda line: None) -> Calibration:
     """Measure a process group on the CPU that nobody else uses meanwhile. Collective: every rank calls it.
 
     budget_s: about how long it may take; on a slow link the largest sizes are left out.
