@@ -40,12 +40,12 @@ def long_run():
 
 
 def many_models():
-    """Resources after ten models and hooks, and after sixty."""
+    """Resources after ten models and hooks, and after sixty, each with 4 MB of gradients."""
     told = []
     for number in range(60):
-        model = DistributedDataParallel(nn.Linear(48, 48))
+        model = DistributedDataParallel(nn.Linear(1024, 1024))
         terncomm.register(model, "int8")
-        model(torch.ones(1, 48)).sum().backward()
+        model(torch.ones(1, 1024)).sum().backward()
         del model
         if number in (9, 59):
             told.append(resources())
@@ -62,7 +62,8 @@ def test_ten_thousand_steps_do_not_grow(on_ranks):
 
 def test_hooks_end_with_their_models(on_ranks):
     for early, late in on_ranks(2, many_models):
-        assert late[0] - early[0] < 6e6  # malloc takes 4 MB at a time
+        # 8-bit codes kept by each model would be 50 MB; what malloc keeps for itself differs by up to 17 MB
+        assert late[0] - early[0] < 40e6, "resident memory, bytes"
         assert late[1] - early[1] <= 2, "open descriptors"
         assert late[2] - early[2] <= 1, "Python threads"
         assert late[3] - early[3] <= 4, "threads"
