@@ -44,25 +44,16 @@ def rank_main(names: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from terncomm.codecs import codec_for
     from terncomm.simulator import codec_costs
     from terncomm.simulator.calibrate import calibrate
-    from terncomm.simulator.codec_costs import FREE
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    world_size = dist.get_world_size()
     calibration = calibrate(
         dist.group.WORLD, tell=lambda line: print(line, file=sys.stderr) if dist.get_rank() == 0 else None
     )
-    together = codec_costs.Together()
-    sizes = (3 << 15, 3 << 19)
-    costs = {"none": FREE, "fp16": codec_costs.measure_cast(numel=sizes[1], who=together)}
-    for codec in ("int8", "terngrad"):
-        cost = codec_costs.measure(codec_for(codec), world_size, sizes=sizes, who=together)
-        costs[codec] = codec_costs.with_waiting(
-            cost, codec_for(codec), calibration.fabric, dist.group.WORLD, sizes=sizes, who=together
-        )
+    costs = codec_costs.over_group(CODECS[1:], calibration.fabric, dist.group.WORLD, sizes=(3 << 15, 3 << 19))
+    costs["none"] = codec_costs.FREE
     if dist.get_rank() == 0:
         print(calibration, costs, file=sys.stderr)
     headers = bytes_per_payload_byte()

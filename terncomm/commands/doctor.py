@@ -12,12 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from terncomm.codecs import codec_for
 from terncomm.commands.plan import network_of
 from terncomm.simulator import codec_costs, interfaces
 from terncomm.simulator.calibrate import calibrate
-from terncomm.simulator.codec_costs import Cost
-from terncomm.simulator.fabric import Fabric
 from terncomm.simulator.networks import Network
 from terncomm.simulator.plan import FP16, GENTLEST, Device, Job, advice
 from terncomm.simulator.timing import time_module
@@ -111,7 +108,7 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
     tell(f"\nall-reduce sends {8e-6 * found.bytes_per_s:.0f} Mbit/s per rank; a round of messages takes at least "
          f"{1e3 * found.round_s:.2f} ms")  # fmt: skip
 
-    costs = _codec_costs(world_size, found.fabric)
+    costs = codec_costs.over_group(("fp16", "int8", "terngrad"), found.fabric, dist.group.WORLD)
     tell("codecs here: " + ", ".join(
         f"{codec} {4e-9 / max(sum(cost.per_element_s), 1e-15):.1f} GB/s of gradients" for codec, cost in costs.items()
     ))  # fmt: skip
@@ -144,15 +141,6 @@ def _examine(args: argparse.Namespace, network: Network) -> int:
         tell("Measured over gloo, codecs on the CPU: a job on GPUs over NCCL has other speeds.")
     tell(f"({time.perf_counter() - began:.0f} s)")
     return 0
-
-
-def _codec_costs(world_size: int, fabric: Fabric) -> dict[str, Cost]:
-    together = codec_costs.Together()
-    found = {"fp16": codec_costs.measure_cast(who=together)}
-    for codec in ("int8", "terngrad"):
-        cost = codec_costs.measure(codec_for(codec), world_size, who=together)
-        found[codec] = codec_costs.with_waiting(cost, codec_for(codec), fabric, dist.group.WORLD, who=together)
-    return found
 
 
 def _computing(args: argparse.Namespace, network: Network) -> tuple[float, str]:

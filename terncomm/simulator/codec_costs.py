@@ -3,17 +3,19 @@
 import functools
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from terncomm.codecs import Codec
+from terncomm.codecs import Codec, codec_for
 from terncomm.keys import Key
-from terncomm.reduce import Clock, all_reduce_mean, messages
+from terncomm.reduce import Clock, all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.simulator.fabric import Fabric
+from terncomm.simulator.reductions import Coded, Exact
 from terncomm.transports import ProcessGroupTransport
 
 
@@ -131,7 +133,7 @@ def of_bucket(codec: Codec, layers: Segments, world_size: int, *, who: Who = _AL
 
 def with_waiting(
     cost: Cost,
-    codec: Codec,
+    codec: Codec | None,
     fabric: Fabric,
     group: Any,
     *,
@@ -141,15 +143,16 @@ def with_waiting(
 ) -> Cost:
     """Time whole buckets of two sizes over a group that nobody else uses, and note what their parts do not explain.
 
-    Messages after a pause, threads that must wake, ranks that wait for the slowest at every message. Collective; takes
-    about `budget_s` for each size.
+    These are messages after a pause, threads that must wake, ranks that wait for the slowest at every message.
+    Collective; takes about `budget_s` for each size. codec: None for the float16 of PyTorch's `fp16_compress_hook`.
     """
     transport = ProcessGroupTransport(group)
     transport.adapt()
     beyond = []
     for numel in sizes:
         layers = Segments([numel])
-        calls = messages(layers, codec, transport.world_size)
+        reduction = Exact(torch.float16) if codec is None else Coded(codec)
+        calls = reduction.messages(layers, Segments(()), transport.world_size)
         parts_s = sum(cost.seconds(numel)) + sum(fabric.seconds(call, transport.world_size) for call in calls)
         gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
 
@@ -158,7 +161,10 @@ def with_waiting(
             flat = gradient.clone()
             who.meet()
             began = time.perf_counter()
-            all_reduce_mean(flat, layers, codec, transport, key=Key(0, step))
+            if codec is None:
+                _float16_mean(flat, group)
+            else:
+                all_reduce_mean(flat, layers, codec, transport, key=Key(0, step))
             return [time.perf_counter() - began]
 
         first = who.slowest([once(0)])
@@ -167,6 +173,28 @@ def with_waiting(
         beyond.append(max(statistics.median(each for (each,) in found) - parts_s, 0.0))
     slope = max(beyond[1] - beyond[0], 0.0) / (sizes[1] - sizes[0])
     return replace(cost, waiting=(max(beyond[0] - slope * sizes[0], 0.0), slope))
+
+
+def over_group(
+    codecs: Iterable[str], fabric: Fabric, group: Any, *, sizes: tuple[int, int] = _SIZES
+) -> dict[str, Cost]:
+    """What codecs of these names cost this machine when all ranks of a group work at once, with waiting. Collective."""
+    who, found = Together(group), {}
+    for name in codecs:
+        codec = None if name == "fp16" else codec_for(name)
+        if codec is None:
+            cost = measure_cast(numel=sizes[1], who=who)
+        else:
+            cost = measure(codec, dist.get_world_size(group), sizes=sizes, who=who)
+        found[name] = with_waiting(cost, codec, fabric, group, sizes=sizes, who=who)
+    return found
+
+
+def _float16_mean(flat: torch.Tensor, group: Any) -> None:
+    """As `fp16_compress_hook` goes about it: what comes back is copied on a thread of the group."""
+    half = flat.to(torch.float16).div_(dist.get_world_size(group))
+    summed = dist.all_reduce(half, group=group, async_op=True).get_future()
+    summed.then(lambda done: flat.copy_(done.value()[0])).wait()
 
 
 def measure_cast(*, numel: int = 1 << 20, who: Who = _ALONE) -> Cost:
