@@ -172,6 +172,8 @@ def with_waiting(
         found = who.slowest([once(step) for step in range(1, rounds + 1)])
         beyond.append(max(statistics.median(each for (each,) in found) - parts_s, 0.0))
     slope = max(beyond[1] - beyond[0], 0.0) / (sizes[1] - sizes[0])
+    # What grows with a bucket is waiting for the arithmetic of other ranks. More than that is the link's own noise.
+    slope = min(slope, transport.world_size * sum(cost.per_element_s))
     return replace(cost, waiting=(max(beyond[0] - slope * sizes[0], 0.0), slope))
 
 
