@@ -114,7 +114,10 @@ def test_measured_lines():
     points = [(100.0, 1.0), (200.0, 3.0), (400.0, 4.0)]
     slower = [(n, 2 * s) for n, s in points]
     fabric = Measured(
-        4, dict.fromkeys(KINDS, points) | {"all_reduce_half": slower}, {kind: 0.1 * i for i, kind in enumerate(KINDS)}
+        4,
+        dict.fromkeys(KINDS, points) | {"all_reduce_half": slower},
+        {kind: 0.1 * i for i, kind in enumerate(KINDS)},
+        dict.fromkeys(KINDS, 0.0),
     )
     (halves,) = reduction_for("fp16").messages(Segments([300]), Segments([]), 4)  # 2 / 4 of 600 bytes
     assert fabric.seconds(halves, 4) == pytest.approx(2 * 3.5)

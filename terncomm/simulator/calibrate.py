@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ SIZES = (1 << 10, 24 << 10, 120 << 10, 600 << 10, 2400 << 10, 7 << 20)  # bytes 
 _ENOUGH = 1 << 20  # bytes that a measurement sends at least: more than a token bucket lets through at once
 _ROUNDS = 7
 _PAUSE_S = 0.02
+_LATE_ROUNDS = 21
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def calibrate(group: Any, *, budget_s: float = 40.0, tell: Callable[[str], None]
     transport.adapt()
     points: dict[str, list[tuple[float, float]]] = {}
     busy: dict[str, float] = {}
+    late: dict[str, float] = {}
     rate = 0.0
     for kind in KINDS:
         found = points[kind] = []
@@ -69,7 +72,40 @@ def calibrate(group: Any, *, budget_s: float = 40.0, tell: Callable[[str], None]
                 rate = max(rate, (world_size - 1) * nbytes / seconds)
             tell(f"{kind:15} {(world_size - 1) * nbytes / 1e3:8.0f} kB in {1e3 * seconds:8.2f} ms")
         busy[kind] = min(busy_now, 1.0)
-    return Calibration(Measured(world_size, points, busy, transport.at_once), rate, points["all_to_all"][0][1])
+        late[kind] = _late(kind, int(found[0][0]), transport, group)
+    measured = Measured(world_size, points, busy, late, transport.at_once)
+    return Calibration(measured, rate, points["all_to_all"][0][1])
+
+
+def _late(kind: str, nbytes: int, transport: ProcessGroupTransport, group: Any) -> float:
+    """How much longer a small message takes while every rank computes on one thread more."""
+    call = _call(kind, nbytes, transport, group)
+
+    def seconds() -> float:
+        found = []
+        for _ in range(_LATE_ROUNDS):
+            _of_all([0.0], transport)
+            began = time.perf_counter()
+            call()
+            found.append(float(_of_all([time.perf_counter() - began], transport).amax()))
+        return statistics.median(found)
+
+    idle_s, stop = seconds(), threading.Event()
+    thread = threading.Thread(target=_compute, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        return max(seconds() - idle_s, 0.0)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _compute(stop: threading.Event) -> None:
+    """What a backward pass does to a core, until told to stop; it needs the interpreter as seldom."""
+    torch.set_num_threads(1)
+    left = torch.ones(512, 512)
+    while not stop.is_set():
+        left @ left
 
 
 def _line(points: list[tuple[float, float]], nbytes: int) -> float:

@@ -25,6 +25,9 @@ class Fabric(Protocol):
     def busy(self, message: Message) -> float:
         """Share of a core that sending and receiving takes meanwhile."""
 
+    def late(self, message: Message) -> float:
+        """Seconds that it takes longer where the processor computes meanwhile, and threads must wait for a core."""
+
 
 @dataclass(frozen=True)
 class Software:
@@ -107,6 +110,10 @@ class Switched:
         """See :class:`Fabric`. None: what moves the bytes is not described."""
         return 0.0
 
+    def late(self, message: Message) -> float:
+        """See :class:`Fabric`. None: each worker has cores enough."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -115,12 +122,14 @@ class Measured:
     points: for each of KINDS, (nbytes of a message to one other rank, seconds), ascending. Between
         two points, and beyond the last two, the line through them holds: an alpha and a beta for each range of sizes.
     busy_by_kind: for each of KINDS, the share of a core that the largest message kept busy.
+    late_by_kind: for each of KINDS, the seconds by which a small message took longer while all ranks computed.
     at_once: bytes up to which all-gathers go to all ranks at the same time.
     """
 
     world_size: int
     points: Mapping[str, Sequence[tuple[float, float]]]
     busy_by_kind: Mapping[str, float]
+    late_by_kind: Mapping[str, float]
     at_once: int = AT_ONCE
 
     def seconds(self, message: Message, world_size: int) -> float:
@@ -140,6 +149,10 @@ class Measured:
     def busy(self, message: Message) -> float:
         """See :class:`Fabric`."""
         return self.busy_by_kind[kind_of(message, self.at_once)]
+
+    def late(self, message: Message) -> float:
+        """See :class:`Fabric`."""
+        return self.late_by_kind[kind_of(message, self.at_once)]
 
 
 KINDS = (ALL_REDUCE, ALL_REDUCE_HALF, "all_to_all", "all_gather")  # the last: round a ring

@@ -55,7 +55,7 @@ def predict(
 
 def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost) -> list[Stage]:
     """What happens to a bucket, in order: encode, the calls that lead to the sums, add up, their way back, decode."""
-    wires = [Stage(WIRE, fabric.seconds(call, world_size), fabric.busy(call)) for call in load.calls]
+    wires = [Stage(WIRE, fabric.seconds(call, world_size), fabric.busy(call), fabric.late(call)) for call in load.calls]
     wires.insert(0, Stage(WIRE, cost.waiting_s(load.elements) if load.elements else 0.0))
     encode, add, decode = load.cost_s or (cost.seconds(load.elements) if load.elements else (0.0, 0.0, 0.0))
     return [Stage(ENCODE, encode), *wires[:-1], Stage(DECODE, add), *wires[-1:], Stage(DECODE, decode)]

@@ -14,11 +14,13 @@ class Stage(NamedTuple):
         kind: ENCODE or DECODE, which keep the processor busy, or WIRE.
         seconds: that it takes on its own.
         busy: share of a core that it needs meanwhile.
+        late: seconds that it takes longer where it begins while others compute, and threads must wait to be run.
     """
 
     kind: str
     seconds: float
     busy: float = 1.0
+    late: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def step_time(compute: Compute, buckets: Sequence[Sequence[Stage]], *, cores: fl
     for ready, stages in zip(compute.ready_s, buckets, strict=True):
         ahead = min(max(ready - computed, 0.0), work)  # nothing to reduce meanwhile
         computed, work = computed + ahead, work - ahead
-        for kind, seconds, busy in stages:
-            left = seconds
+        for kind, seconds, busy, late in stages:
+            left = seconds + (late if work > 0 else 0.0)
             if work > 0 and left > 0:
                 mine, other = _rates(busy, cores, alone)
                 both = min(left / other, work / mine)
