@@ -260,6 +260,8 @@ def test_counts():
     [
         ("plan resnet50 --workers 0", "workers must be at least 1, got 0"),
         ("plan resnet50 --links=-5mbit", "positive"),
+        ("plan resnet50 --links -5mbit", "positive"),
+        ("plot nowhere", "no file or folder nowhere"),
         ("plan resnet50 --links 5parsec", "no link"),
         ("plan resnet50 --codecs gzip", "unknown codec 'gzip'; known: none"),
         ("plan resnet5", "unknown network 'resnet5'; known: alexnet"),

@@ -23,6 +23,8 @@ def load(paths: str | Path | Iterable[str | Path]) -> list[Record]:
     files: dict[Path, Path] = {}
     for path in [Path(paths)] if isinstance(paths, (str, Path)) else map(Path, paths):
         found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder {path}")
         if not found:
             raise ValueError(f"{path}: no *.jsonl in this folder")
         files |= {file.resolve(): file for file in found}
