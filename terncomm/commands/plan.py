@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def main(args: argparse.Namespace) -> int:
     job = Job(network, batch, device, compute_s, args.bucket_cap_mb)
     software = {"gloo": GLOO, "nccl": NCCL}[args.software or ("nccl" if args.device == "gpu" else "gloo")]
     codecs = list(dict.fromkeys(["none", *args.codecs]))
+    begun = time.perf_counter()
     points = list(
         plan(
             job,
@@ -106,9 +108,11 @@ def main(args: argparse.Namespace) -> int:
             software=software,
         )
     )
+    seconds = time.perf_counter() - begun
     computing = f"{args.compute_ms:g} ms given" if args.compute_ms is not None else device.source
     print(f"MODE: planned. {job.title}, {batch} sample{'s' * (batch > 1)} per worker")
     print(f"computing: {computing}; messages by {software.name}")
+    print(f"{len(points)} points in {1e3 * seconds:.0f} ms")
     if args.device == "gpu":
         print(
             "the codecs' speed is assumed: on CUDA they are plain torch today, slower and not measured. "
