@@ -3,6 +3,7 @@
 from terncomm.codecs import Codec, Int8, Ternary
 from terncomm.hooks import CommState, GradientAverager, comm_hook, reduce_gradients, register
 from terncomm.version import __version__
+from terncomm.watch import Watch
 
 __all__ = [
     "Codec",
@@ -10,6 +11,7 @@ __all__ = [
     "GradientAverager",
     "Int8",
     "Ternary",
+    "Watch",
     "__version__",
     "comm_hook",
     "reduce_gradients",

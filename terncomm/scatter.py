@@ -162,7 +162,7 @@ def reduce_scatter(
     clock = clock or Clock()
     rows = flat.view(world_size, shards.row)
     coded = codec is not None and shards.layers.numel > 0
-    with clock("encode"):
+    with clock("encode", key, "measure"):
         local = torch.zeros(0, device=flat.device)
         if codec is not None and coded:
             local = torch.cat([codec.measure(each, codec.scaled(Segments([len(each)]))) for each in shards.whole(rows)])
@@ -175,7 +175,7 @@ def reduce_scatter(
         zlib.crc32(f"{codec!r} {flat.dtype} scatter, over {divisor}".encode()),
         shards.checksum,
     )
-    with clock("exchange"):
+    with clock("exchange", key, "share"):
         shared = share(local, header, transport, later)
         floats = torch.cat([rows[:, place : place + chunk] for place, chunk in shards.exact] or [rows[:, :0]], dim=1)
         octets = (
@@ -186,7 +186,7 @@ def reduce_scatter(
         cut, packing = shards.cut(codec), packing_for(*codec.alphabet)
         nbytes = packing.nbytes(cut.length)
         message = octets.new_empty(world_size, nbytes + octets.shape[1])
-        with clock("encode"):
+        with clock("encode", key):
             scale = cut.scale.to(flat.device)
             how = codec.rounding(cut.pieces, local[scale], shared[scale], key, rank=rank, world_size=world_size)
             for row, begin in enumerate(cut.edges[:-1]):
@@ -195,9 +195,9 @@ def reduce_scatter(
         message[:, nbytes:] = octets
     else:
         message = octets
-    with clock("exchange"):
+    with clock("exchange", key):
         received = transport.all_to_all(message)
-    with clock("decode"):
+    with clock("decode", key):
         out.zero_()
         if codec is not None and coded:
             own, which = cut.own(rank)

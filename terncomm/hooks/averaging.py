@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from terncomm import ops
 from terncomm.codecs import Codec, codec_for
@@ -44,7 +45,13 @@ class Averaging:
         ValueError, TypeError: an option that cannot be.
     """
 
-    _OWN: tuple[str, ...] = ("_connection", "_transport", "_later", "_layouts")  # what belongs to this process alone
+    _OWN: tuple[str, ...] = (
+        "_connection",
+        "_transport",
+        "_later",
+        "_layouts",
+        "_watches",
+    )  # what belongs to this process alone
 
     def __init__(
         self,
@@ -85,6 +92,7 @@ class Averaging:
         self._transport: Metered | None = None
         self._later: list[Unchecked] = []  # headers on their way from the device
         self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
+        self._watches: list[Callable[[], None]] = []  # called before each step
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy or pickle of a model."""
@@ -98,6 +106,18 @@ class Averaging:
         self.reset_stats()
 
     # ---- what a user calls --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The step that was begun last; -1 before the first."""
+        return self._step
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        if self._transport is None:  # a state that has not met the others yet
+            return dist.get_rank() if dist.is_initialized() else 0
+        return self._transport.rank
 
     def stats(self) -> dict[str, int | float]:
         """Plain numbers of this rank since the start or the last :meth:`reset_stats`.
@@ -192,9 +212,11 @@ class Averaging:
         self._connection, self._transport = connection, connection.transport
         self._sent_before = 0
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, step: int | None = None) -> None:
         """The first bucket of a backward pass comes; one that is aborted later shifts nothing."""
-        self._step += 1
+        for each in self._watches:
+            each()
+        self._step = self._step + 1 if step is None else step
         self._counts["steps"] += 1
         self._enabled = self._enabled_next
 
@@ -225,7 +247,7 @@ class Averaging:
             self._later.pop(0).check()
 
     def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key, transport: Metered) -> None:
-        with self._clock("encode"):
+        with self._clock("encode", key, "watch clipping"):
             complaint = self._watch_clipping(flat, coded, key.step)
         codec = self.codec if len(coded) else None
         all_reduce_mean(

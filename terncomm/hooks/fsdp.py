@@ -105,8 +105,7 @@ class _Group:
         """A reduction of these parameters begins."""
         state, self.step = self.state, self.step + 1
         if self.step > state._step:
-            state._step = self.step
-            state._counts["steps"] += 1
+            state._begin_step(self.step)
         return Key(state.seed, self.step, self.index), f"{self.name} of step {self.step}"
 
 

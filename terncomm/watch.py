@@ -1,0 +1,144 @@
+"""What each step sent and took: as JSON lines, in TensorBoard, in the log."""
+
+import atexit
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from terncomm.hooks.averaging import Averaging
+
+_log = logging.getLogger("terncomm")
+
+_PHASES = ("encode", "exchange", "decode")
+
+
+class Watch:
+    """Follows a state step by step, until it is closed, or the program ends.
+
+    Rank 0 watches alone; on other ranks this does nothing, unless the name of the file holds "{rank}". A step's record
+    is complete, and written, when the next one begins, or on :meth:`close`. Use it as a context manager, too.
+
+    Args:
+        state: what `terncomm.register` returned, a `GradientAverager`, or a `DistributedOptimizer`'s `averager`.
+        jsonl: file to append a line to in each step: step, seconds (since the step before began), raw_bytes,
+            wire_bytes, exact_bytes, coded_numel, exact_numel, encode_s, exchange_s, decode_s, and
+            clip_norm_lost/NAME in the steps in which it was looked at.
+        tensorboard: directory for TensorBoard, or a `SummaryWriter`; the same numbers, as terncomm/NAME.
+        log_every: a line in the log "terncomm", level INFO, once in so many steps; 0 for none.
+
+    Raises:
+        ModuleNotFoundError: `tensorboard` is a directory, and tensorboard is not installed.
+        OSError: the file cannot be written to.
+    """
+
+    def __init__(
+        self,
+        state: Averaging,
+        *,
+        jsonl: str | Path | None = None,
+        tensorboard: Any = None,
+        log_every: int = 100,
+    ) -> None:
+        if not isinstance(state, Averaging):
+            raise TypeError(f"wanted what terncomm.register returned, or a GradientAverager, got {state!r}")
+        if log_every < 0:
+            raise ValueError(f"log_every must not be negative, got {log_every}")
+        self._state = state
+        self._log_every = log_every
+        self._close: list[Callable[[], None]] = []
+        self._write: list[Callable[[dict[str, Any]], object]] = []
+        self._before: dict[str, int | float] = {}
+        self._step = -1
+        self._began = time.perf_counter()
+        self._since_log: list[dict[str, Any]] = []
+        rank = state.rank
+        if jsonl is not None and (rank == 0 or "{rank}" in str(jsonl)):
+            self._to_file(Path(str(jsonl).replace("{rank}", str(rank))))
+        if rank == 0:
+            if tensorboard is not None:
+                self._to_tensorboard(tensorboard)
+            if log_every:
+                self._write.append(self._to_log)
+        if self._write:
+            state._watches.append(self._next)
+            atexit.register(self.close)  # Ctrl-C, too
+
+    def _to_file(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", buffering=1, encoding="utf-8")
+        self._write.append(lambda record: file.write(json.dumps(record) + "\n"))
+        self._close.append(file.close)
+
+    def _to_tensorboard(self, where: Any) -> None:
+        writer = where
+        if isinstance(where, (str, Path)):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f"tensorboard= needs TensorBoard ({error}): pip install tensorboard"
+                ) from None
+            writer = SummaryWriter(str(where))
+            self._close.append(writer.close)
+
+        def write(record: dict[str, Any]) -> None:
+            for name, value in record.items():
+                if name != "step":
+                    writer.add_scalar(f"terncomm/{name}", value, record["step"])
+
+        self._write.append(write)
+
+    def _to_log(self, record: dict[str, Any]) -> None:
+        self._since_log.append(record)
+        if len(self._since_log) < self._log_every:
+            return
+        steps, self._since_log = self._since_log, []
+        mean = {name: sum(each[name] for each in steps) / len(steps) for name in steps[0] if "/" not in name}
+        phases = ", ".join(f"{phase} {1e3 * mean[f'{phase}_s']:.1f} ms" for phase in _PHASES)
+        _log.info(
+            "step %d: %.2f MB of gradients as %.2f MB sent per rank and step, %.0f ms: %s",
+            record["step"], mean["raw_bytes"] / 1e6, mean["wire_bytes"] / 1e6, 1e3 * mean["seconds"], phases,
+        )  # fmt: skip
+
+    def _next(self) -> None:
+        """A step begins: the one before is complete."""
+        self._record()
+        self._before, self._step, self._began = self._state.stats(), self._state.step + 1, time.perf_counter()
+
+    def _record(self) -> None:
+        if self._step < 0:
+            return
+        now, state = time.perf_counter(), self._state
+        numbers = state.stats()
+        if numbers["steps"] <= self._before.get("steps", 0):  # statistics were reset since
+            self._before = {}
+        record: dict[str, Any] = {"step": self._step, "seconds": now - self._began}
+        for name, value in numbers.items():
+            if name.startswith("clip"):
+                if state._looks_at_clipping(self._step):
+                    record[name] = value
+            elif name != "steps":
+                record[name] = value - self._before.get(name, 0)
+        for write in self._write:
+            write(record)
+
+    def close(self) -> None:
+        """Write the last step, and let go of files. A second call does nothing."""
+        if self._next not in self._state._watches:
+            return
+        self._state._watches.remove(self._next)
+        atexit.unregister(self.close)
+        try:
+            self._record()
+        finally:
+            for close in self._close:
+                close()
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
