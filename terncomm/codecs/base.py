@@ -11,6 +11,7 @@ non-finite element makes its layer, and no other, non-finite on every rank.
 """
 
 from abc import ABC, abstractmethod
+from typing import NoReturn
 
 import torch
 
@@ -89,3 +90,10 @@ class Codec(ABC):
     def narrowing(self, segments: Segments, key: Key, *, world_size: int) -> SumFormat | None:
         """How sums are rounded on their way back; `None`: they return exactly."""
         return None
+
+    def compress(self, *_: object) -> NoReturn:
+        """Not one of Horovod's compressions: raises TypeError with the reason."""
+        raise TypeError(
+            f"{self!r} cannot be one of Horovod's compressions: its codes belong to a scale that ranks share, and sums "
+            "of them overflow a byte. Use terncomm.horovod.DistributedOptimizer(optimizer, model, codec)"
+        )

@@ -148,9 +148,7 @@ class GradientAverager(Averaging):
                 parameters = [self._parameters[place] for place in places]
                 mine = [gradients[place] for place in places]
                 if mine[0].layout == torch.strided:
-                    flat, views = self._gathered(mine, parameters)
-                    self._work(flat, parameters, index, self._transport)()
-                    torch._foreach_copy_([_real(each) for each in mine], views)
+                    self._reduce_bucket(index, parameters, mine)
                 else:
                     gradients[places[0]] = self._work(mine[0], parameters, index, self._transport)()
         except Exception as error:
@@ -161,6 +159,14 @@ class GradientAverager(Averaging):
             failure = self._connection.fail(error, where)
             raise failure from (None if failure is error else error)
         return gradients
+
+    @torch.no_grad()
+    def _reduce_bucket(self, index: int, parameters: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """Replace the dense gradients of bucket `index` by their means, in place."""
+        assert self._transport is not None
+        flat, views = self._gathered(gradients, parameters)
+        self._work(flat, parameters, index, self._transport)()
+        torch._foreach_copy_([_real(each) for each in gradients], views)
 
     def _buckets(self, gradients: list[torch.Tensor]) -> list[list[int]]:
         """Places in the list of parameters that are reduced together: the last first, a sparse gradient by itself."""

@@ -1,9 +1,18 @@
 """Transports: what moves bytes between ranks."""
 
 from terncomm.transports.base import RankFailed, Transport
+from terncomm.transports.horovod import HorovodTransport
 from terncomm.transports.local import LocalTransport
 from terncomm.transports.metered import Metered
 from terncomm.transports.mpi import MPITransport
 from terncomm.transports.process_group import ProcessGroupTransport
 
-__all__ = ["LocalTransport", "MPITransport", "Metered", "ProcessGroupTransport", "RankFailed", "Transport"]
+__all__ = [
+    "HorovodTransport",
+    "LocalTransport",
+    "MPITransport",
+    "Metered",
+    "ProcessGroupTransport",
+    "RankFailed",
+    "Transport",
+]

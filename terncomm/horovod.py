@@ -1,0 +1,398 @@
+"""Horovod's `DistributedOptimizer` with gradients that travel as TernGrad or 8-bit codes.
+
+    import horovod.torch as hvd
+    import terncomm.horovod
+
+    hvd.init()
+    optimizer = terncomm.horovod.DistributedOptimizer(optimizer, named_parameters=model, codec="terngrad")
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+
+Horovod is imported when it is needed; `launch/build_horovod.sh` builds it for today's torch.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from terncomm.codecs import Codec, codec_for
+from terncomm.hooks.loop import GradientAverager
+from terncomm.hooks.runner import OrderedWorker
+from terncomm.transports.horovod import HorovodTransport, horovod_torch
+
+_STEP = "terncomm_step"  # in the first parameter group: so it is in checkpoints, and in what Horovod broadcasts
+
+
+def DistributedOptimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    codec: str | Codec = "terngrad",
+    *,
+    backward_passes_per_step: int = 1,
+    op: Any = None,
+    process_set: Any = None,
+    timeout_s: float = 600.0,
+    **options: Any,
+) -> Any:
+    """The optimizer, with every `step()` taken on gradients averaged over Horovod's ranks, in compressed form.
+
+    Gradients are coded and exchanged, through Horovod's asynchronous alltoall and allgather, in buckets, while the
+    backward pass still runs. For one seed they are those of the DDP hook, bit for bit. What a program of Horovod's
+    does works as it does there: `backward_passes_per_step` (gradients of several passes add up), process sets,
+    `hvd.broadcast_parameters`, `hvd.broadcast_optimizer_state`, and clipping in between::
+
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    Collective: every rank of the process set makes one with the same arguments; others step alone, as in Horovod.
+
+    Args:
+        optimizer: any but `torch.optim.LBFGS`, whose steps depend on a loss that differs between ranks.
+        named_parameters: the module, so that embeddings and the output head are found and travel exactly; or its
+            `named_parameters()`, then name those in `skip`.
+        codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
+        backward_passes_per_step: backward passes before each `step()`.
+        op: `hvd.Average` (the default) or `hvd.Sum`.
+        process_set: of Horovod; by default all ranks.
+        timeout_s: how long an exchange waits for the other ranks.
+        options: `skip`, `min_numel`, `warmup_steps`, `exchange`, `seed`, `exempt`, `bucket_cap_mb` of
+            :class:`terncomm.GradientAverager`.
+
+    Returns:
+        An object of the optimizer's class, which shares its parameters and state; use it in the other's place. Its
+        `averager` is a :class:`terncomm.GradientAverager` with `stats()`, `disable()` and `codes()`; `state_dict()`
+        holds the step of the rounding noise.
+
+    Raises:
+        ModuleNotFoundError: Horovod is not installed.
+        ValueError: `hvd.init()` has not been called, a parameter has no name or two have one, an option or an
+            optimizer that cannot be.
+        ConfigurationsDiffer: ranks were given different arguments.
+
+    References:
+        A. Sergeev and M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018,
+        arXiv:1802.05799.
+    """
+    hvd = horovod_torch()
+    if not hvd.is_initialized():
+        raise ValueError("Horovod is not initialized: call hvd.init() first")
+    op = hvd.Average if op is None else op
+    if op not in (hvd.Average, hvd.Sum):
+        raise ValueError("op must be hvd.Average or hvd.Sum: codes cannot be combined by Adasum")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS decides by a loss that differs between ranks, so their weights would part ways")
+    if hasattr(optimizer, "skip_synchronize"):
+        raise ValueError("this optimizer is distributed already: wrap the original one, once")
+    passes = _positive("backward_passes_per_step", backward_passes_per_step)
+    reducer = None
+    if process_set is None or process_set.included():
+        named = _named(optimizer, named_parameters)
+        averager = GradientAverager(named, codec, HorovodTransport(process_set, timeout_s=timeout_s), **options)
+        reducer = _Reducer(averager, passes, op == hvd.Sum)
+    # Of Horovod's module, so that hvd.broadcast_optimizer_state knows that a plain step() would wait for other ranks.
+    kind = _kind(type(optimizer), hvd.DistributedOptimizer.__module__)
+    wrapped = kind.__new__(kind)
+    vars(wrapped).update({name: value for name, value in vars(optimizer).items() if name != "step"})
+    wrapped._reducer, wrapped._synchronized, wrapped._skips = reducer, False, False
+    wrapped.param_groups[0].setdefault(_STEP, -1)
+    if reducer is not None:
+        reducer.serve(wrapped)
+    return wrapped
+
+
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return int(value)
+
+
+def _named(
+    optimizer: torch.optim.Optimizer, given: nn.Module | Iterable[tuple[str, nn.Parameter]]
+) -> nn.Module | list[tuple[str, nn.Parameter]]:
+    """What an averager takes: the module, or names and parameters, of this optimizer."""
+    held = {each for group in optimizer.param_groups for each in group["params"] if each.requires_grad}
+    if isinstance(given, nn.Module):
+        named = list(given.named_parameters())
+    else:
+        named = list(given)
+        if not all(isinstance(each, tuple) for each in cast(list[Any], named)):
+            raise ValueError("named_parameters must be a module, or pairs of a name and a parameter")
+    if unnamed := held - {parameter for _, parameter in named}:
+        shapes = ", ".join(str(tuple(each.shape)) for each in list(unnamed)[:5])
+        raise ValueError(f"named_parameters lacks {len(unnamed)} of the optimizer's parameters, of shapes {shapes}")
+    mine = [(name, parameter) for name, parameter in named if parameter in held]
+    if isinstance(given, nn.Module):
+        if others := [name for name, parameter in named if parameter.requires_grad and parameter not in held]:
+            raise ValueError(
+                f"the optimizer does not hold {others[0]} of the module: give the named parameters that it holds"
+            )
+        return given
+    return mine
+
+
+class _Reducer:
+    """Has gradients averaged bucket by bucket while the backward pass runs: the last layers first, one order for all.
+
+    Hooks of parameters call it; jobs run on an ordered worker, and their errors are raised by `finish`.
+    """
+
+    def __init__(self, averager: GradientAverager, passes: int, adds: bool) -> None:
+        self.averager = averager
+        self.passes = passes
+        parameters = cast(list[nn.Parameter], averager._parameters)
+        self._buckets = [[parameters[place] for place in places] for places in averager._buckets(list(parameters))]
+        self._bucket_of = {each: index for index, bucket in enumerate(self._buckets) for each in bucket}
+        self._factor = averager._transport.world_size if adds and averager._transport else 1
+        self._lock = threading.Lock()  # autograd has a thread for each device
+        self._worker = OrderedWorker()
+        self._failed: Exception | None = None
+        self.next_step()
+
+    def serve(self, optimizer: Any) -> None:
+        """Take gradients as they come, as long as this optimizer lives."""
+        self._optimizer = weakref.ref(optimizer)
+        myself = weakref.ref(self)
+
+        def arrived(parameter: torch.Tensor) -> None:
+            if (reducer := myself()) is not None:
+                reducer.arrived(cast(nn.Parameter, parameter))
+
+        hooks = [each.register_post_accumulate_grad_hook(arrived) for each in self._bucket_of]  # type: ignore[no-untyped-call]
+        weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
+
+    def next_step(self) -> None:
+        """Wait for gradients anew."""
+        self._left = dict.fromkeys(self._bucket_of, self.passes)
+        self._missing = list(map(len, self._buckets))
+        self._futures: list[torch.futures.Future[torch.Tensor]] = []
+        self._streams: set[torch.cuda.Stream] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no gradient has come since the last step."""
+        return not self._futures and all(left == self.passes for left in self._left.values())
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a reduction was begun that nobody has waited for."""
+        return bool(self._futures)
+
+    def arrived(self, parameter: nn.Parameter) -> None:
+        """Count a gradient; submit the buckets that are complete, in their order."""
+        with self._lock:
+            if self._left[parameter] == 0:
+                raise RuntimeError(
+                    f"gradients were computed more than backward_passes_per_step={self.passes} times before step() or "
+                    "synchronize(): increase backward_passes_per_step to accumulate gradients"
+                )
+            self._left[parameter] -= 1
+            if self._left[parameter] == 0:
+                self._missing[self._bucket_of[parameter]] -= 1
+                self._submit(lambda index: self._missing[index] == 0)
+
+    def finish(self) -> None:
+        """Submit what is left, gradients that are None as zeros, and wait for all."""
+        with self._lock:
+            self._submit(lambda index: True)
+        try:
+            for future in self._futures:
+                future.wait()
+        except Exception:
+            assert self._failed is not None
+            raise self._failed from None
+        for stream in self._streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        self.next_step()
+
+    def _submit(self, ready: Callable[[int], bool]) -> None:
+        while (index := len(self._futures)) < len(self._buckets) and ready(index):
+            if index == 0:
+                self._begin_step()
+            bucket = self._buckets[index]
+            for each in bucket:
+                if each.grad is None:
+                    each.grad = torch.zeros_like(each, requires_grad=False)
+            gradients = [cast(torch.Tensor, each.grad) for each in bucket]
+            if sparse := [each for each in gradients if each.layout != torch.strided]:
+                raise TypeError(f"gradients must be dense, got one of layout {sparse[0].layout}: use sparse=False")
+            stream: Any = nullcontext()
+            if gradients[0].is_cuda:  # the worker goes on where these gradients are computed
+                self._streams.add(torch.cuda.current_stream(gradients[0].device))
+                stream = torch.cuda.stream(torch.cuda.current_stream(gradients[0].device))
+            self._futures.append(self._worker.submit(partial(self._reduce, index, bucket, gradients, stream)))
+
+    def _begin_step(self) -> None:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        group = optimizer.param_groups[0]
+        self.averager._step = group[_STEP]
+        self.averager._begin_step()
+        group[_STEP] = self.averager._step
+
+    def _reduce(
+        self, index: int, bucket: list[nn.Parameter], gradients: list[torch.Tensor], stream: Any
+    ) -> torch.Tensor:
+        try:
+            with stream:
+                self.averager._reduce_bucket(index, cast(list[torch.Tensor], bucket), gradients)
+                if self._factor != 1:
+                    torch._foreach_mul_(gradients, self._factor)
+        except Exception as error:
+            self._failed = self._failed or error
+            raise
+        return gradients[0]
+
+
+def _kind(base: Any, module: str) -> Any:
+    """A class of optimizers that behaves as `base` does, on gradients averaged over ranks."""
+
+    class Distributed(base):  # type: ignore[misc]
+        """See :func:`DistributedOptimizer`."""
+
+        _reducer: _Reducer | None
+        _synchronized: bool
+        _skips: bool
+
+        @property
+        def averager(self) -> GradientAverager | None:
+            """What averages: statistics and switches. None on a rank outside the process set."""
+            return None if self._reducer is None else self._reducer.averager
+
+        def synchronize(self) -> None:
+            """Average the gradients of all ranks; they are in place when this returns."""
+            reducer = self._reducer
+            if reducer is None:
+                return
+            if self._synchronized and reducer.idle:
+                warnings.warn(
+                    "optimizer.step() or synchronize() after synchronize(), without skip_synchronize(): these "
+                    "gradients are averaged already, so nothing was done",
+                    stacklevel=2,
+                )
+                return
+            reducer.finish()
+            self._synchronized = True
+
+        @contextmanager
+        def skip_synchronize(self) -> Iterator[None]:
+            """Within it `step()` takes the gradients as they are: `synchronize()` was called before."""
+            self._skips = True
+            try:
+                yield
+            finally:
+                self._skips = False
+
+        def set_backward_passes_per_step(self, passes: int) -> None:
+            """Backward passes before each `step()`, from the next one on."""
+            passes = _positive("backward_passes_per_step", passes)
+            if self._reducer is not None:
+                self._refuse_under_way("set_backward_passes_per_step()")
+                self._reducer.passes = passes
+                self._reducer.next_step()
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            """Average the gradients, if that has not been done, and step."""
+            if closure is not None:
+                return super().step(partial(self._evaluated, closure))
+            if not self._skips:
+                self.synchronize()
+            elif self._reducer is not None and not self._synchronized:
+                raise RuntimeError("step() within skip_synchronize() needs synchronize() before it")
+            self._synchronized = False
+            return super().step()
+
+        step.hooked = True  # type: ignore[attr-defined]  # torch must not wrap it: the step it calls is wrapped already
+
+        def _evaluated(self, closure: Callable[[], Any]) -> Any:
+            self._synchronized = False
+            loss = closure()
+            with torch.no_grad():
+                self.synchronize()
+            self._synchronized = False
+            return loss
+
+        def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+            """As ever; not between a backward pass and the wait for what it began."""
+            self._refuse_under_way("zero_grad()")
+            super().zero_grad(*args, **kwargs)
+
+        def _refuse_under_way(self, what: str) -> None:
+            if self._reducer is not None and self._reducer.under_way:
+                raise RuntimeError(
+                    f"optimizer.{what} after loss.backward(), before optimizer.step() or synchronize(): gradients are "
+                    "on their way to other ranks"
+                )
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            """As ever; the rounding noise goes on after the saved step."""
+            self._refuse_under_way("load_state_dict()")
+            super().load_state_dict(state_dict)
+            self.param_groups[0].setdefault(_STEP, -1)  # saved by another optimizer
+            self._synchronized = False
+
+    Distributed.__name__ = Distributed.__qualname__ = base.__name__
+    Distributed.__module__ = module
+    return Distributed
+
+
+class Compression:
+    """What can travel in Horovod's own reduction, for `hvd.DistributedOptimizer(..., compression=Compression.fp16)`.
+
+    There a rank's tensor is added to those of others as it is, in a type that Horovod can add. Codes of TernGrad and of
+    8-bit quantization carry scales of their own, and sums of them overflow a byte: no such class can be honest for
+    them, and asking for one says so. `DistributedOptimizer` of this module sends them.
+    """
+
+    class none:
+        """Gradients as they are."""
+
+        @staticmethod
+        def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            """Any tensor -> itself, None."""
+            return tensor, None
+
+        @staticmethod
+        def decompress(tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
+            """The inverse."""
+            return tensor
+
+    class fp16:
+        """Float16, divided by a power of two of at least W before it is added up, so that sums of W do not overflow.
+
+        Magnitudes above 65504 become infinite; below 6e-8 W they vanish.
+        """
+
+        @staticmethod
+        def compress(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            """Floats -> float16, and what `decompress` needs; other types as they are."""
+            if not tensor.is_floating_point():
+                return tensor, None
+            factor = float(1 << (horovod_torch().size() - 1).bit_length())
+            return (tensor / factor).to(torch.float16), (tensor.dtype, factor)
+
+        @staticmethod
+        def decompress(tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
+            """The sum or mean, in the type that it came in."""
+            if ctx is None:
+                return tensor
+            dtype, factor = ctx
+            return tensor.to(dtype).mul_(factor)
+
+    class _Refused:
+        def __set_name__(self, owner: type, name: str) -> None:
+            self._name = name
+
+        def __get__(self, instance: Any, owner: type) -> Any:
+            codec_for(self._name).compress()
+
+    terngrad = _Refused()
+    int8 = _Refused()
