@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# launch/setup.sh [examples|test]: make .venv in the repository root and install terncomm with that extra into it.
+# launch/setup.sh [examples|test|engines]: make .venv in the repository root and install terncomm with that extra into it.
 # Quick when nothing has changed since the last time. PYTHON=/path/to/python3.11 chooses the interpreter.
 set -euo pipefail
 
@@ -13,8 +13,8 @@ say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
 
 case "$extra" in
-examples | test) ;;
-*) fail "unknown extra '$extra': use examples or test" ;;
+examples | test | engines) ;;
+*) fail "unknown extra '$extra': use examples, test or engines" ;;
 esac
 
 # The path is part of the key: an editable install points into it.

@@ -1,0 +1,69 @@
+"""A callback for the Trainer of Hugging Face transformers: gradients travel as codes.
+
+    from terncomm.transformers import CompressGradients
+
+    trainer = Trainer(model=model, args=args, ...)
+    trainer.add_callback(CompressGradients(trainer, "terngrad"))
+
+With Accelerate alone, register the model that it returns: `terncomm.register(accelerator.prepare(model), "terngrad")`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from terncomm.codecs import Codec
+from terncomm.hooks import register
+from terncomm.hooks.averaging import Averaging
+from terncomm.watch import Watch
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"terncomm.transformers needs transformers ({missing}): pip install 'transformers[torch]'"
+    ) from None
+
+
+class CompressGradients(TrainerCallback):  # type: ignore[misc]
+    """Registers the hook when training starts. Rounding noise follows the Trainer's step, so resuming needs no more.
+
+    Args:
+        trainer: the Trainer that it is added to.
+        codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
+        jsonl, tensorboard, log_every: see :class:`terncomm.Watch`.
+        options: of :func:`terncomm.register`.
+
+    Attributes:
+        state: what :func:`terncomm.register` returned, once training has started.
+
+    Raises:
+        TypeError: at the start of training on several processes, where the model is not `DistributedDataParallel`.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        codec: str | Codec = "terngrad",
+        *,
+        jsonl: str | Path | None = None,
+        tensorboard: Any = None,
+        log_every: int = 100,
+        **options: Any,
+    ) -> None:
+        self._trainer, self._codec, self._options = trainer, codec, options
+        self._watching = {"jsonl": jsonl, "tensorboard": tensorboard, "log_every": log_every}
+        self._watch: Watch | None = None
+        self.state: Averaging | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Register; go on at the Trainer's step."""
+        if args.world_size == 1:
+            return
+        self.state = register(self._trainer.model_wrapped, self._codec, **self._options)
+        self.state.load_state_dict({"step": state.global_step - 1, "seed": self.state.seed})
+        self._watch = Watch(self.state, **self._watching)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close what was watched."""
+        if self._watch is not None:
+            self._watch.close()
