@@ -1,7 +1,8 @@
 """Which parameters of a model are coded, which travel exactly, and how both lie in a bucket."""
 
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -9,6 +10,12 @@ from torch import nn
 from terncomm.segments import Segments
 
 GROUPS = ("embedding", "head")
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
+Own = Callable[[nn.Module], Mapping[str, torch.Tensor]]
+
+
+def _own(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters(recurse=False))
 
 
 class Layers:
@@ -48,9 +55,9 @@ class Layers:
         self.numbers = {parameter: number for number, parameter in enumerate(named)}
         self._exact = {parameter for parameter, name in named.items() if name in skipped}
 
-    def adopt(self, model: nn.Module) -> None:
-        """Exempt what the structure of `model` says."""
-        self._exact.update(structural(model, self.exempt))
+    def adopt(self, model: nn.Module, own: Own = _own) -> None:
+        """Exempt what the structure of `model` says; `own` gives a module's own parameters."""
+        self._exact.update(structural(model, self.exempt, own))
 
     def codes(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter's gradient is coded, or travels exactly."""
@@ -92,11 +99,11 @@ def _segments(rows: list[tuple[int, int, int]]) -> Segments:
 
 
 def clean(name: str) -> str:
-    """A parameter's name without what DDP and torch.compile put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """A parameter's name without what DDP, FSDP1, torch.compile and checkpointing put before it."""
+    return _WRAPPERS.sub("", name).removeprefix("module.")
 
 
-def structural(model: nn.Module, groups: Collection[str]) -> dict[torch.Tensor, str]:
+def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> dict[torch.Tensor, str]:
     """Parameters of embeddings and of the output head, found by structure, each with its group.
 
     An embedding is the weight of an `nn.Embedding` or `nn.EmbeddingBag`, tied uses included. The output head is the
@@ -109,16 +116,16 @@ def structural(model: nn.Module, groups: Collection[str]) -> dict[torch.Tensor, 
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             vocabularies.add(module.num_embeddings)
             if "embedding" in groups:
-                found[module.weight] = "embedding"
+                found.update((p, "embedding") for p in own(module).values())
     if "head" in groups:
-        matrices = [m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+        matrices = [m for m in model.modules() if any(p.dim() > 1 for p in own(m).values())]
         linear = [m for m in matrices if isinstance(m, nn.Linear)]
         widening = {m.out_features: m for m in linear if m.out_features > m.in_features}  # the last of each width
         heads = [m for width, m in widening.items() if width in vocabularies]
         if linear and len(matrices) > 1:
             heads.append(linear[-1])
         for head in heads:
-            found.update((p, "head") for p in head.parameters(recurse=False) if p not in found)
+            found.update((p, "head") for p in own(head).values() if p not in found)
     return found
 
 

@@ -1,6 +1,6 @@
 """THE PATH for sharded gradients: every rank keeps the mean of its own shard, and nothing travels back.
 
-    rows = input.view(W, k)            # row r: rank r's shard of every parameter, padded
+    rows = input.view(W, k)            # row r: what rank r keeps
     local = measure(each parameter)    # as `reduce.py`, in the parameter's own order: the same scales, the same bits
     shared = share(local)
     codes = encode(rows)               # noise by the place inside the parameter
@@ -10,9 +10,11 @@
 Half of an all-reduce: what `reduce.all_reduce_mean` would give, cut into shards.
 """
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -26,65 +28,164 @@ from terncomm.transports.base import Transport
 from terncomm.wire import packing_for
 
 
+class Run(NamedTuple):
+    """A piece of a parameter that lies in one row: elements of it from `begin` on, at `offset` in the buffer."""
+
+    begin: int
+    offset: int
+    length: int
+
+
+class Parameter(NamedTuple):
+    """A coded parameter: its elements, its number for the noise, and its pieces in its own order."""
+
+    size: int
+    number: int
+    runs: tuple[Run, ...]
+
+
 class Shards:
-    """How parameters lie in a buffer of W rows: row r holds chunk r of each, one after another, padded.
+    """How parameters lie in a buffer of W rows, one for each rank. What is neither coded nor exact becomes 0.
 
     Args:
-        sizes: elements of each parameter.
-        chunks: elements of a parameter's chunk in each row, so that W chunks hold it; what is over is padding.
-        numbers: of the parameters, for the noise.
-        coded: which parameters are coded; the others are added exactly.
-        world_size: W.
-
-    Raises:
-        ValueError: a parameter does not fit its chunks.
+        coded: the parameters that are coded, in the order in which each row holds them.
+        exact: for each row the slices (place in the row, elements) that are added exactly, ascending.
+        row: elements of a row.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        chunks: Sequence[int],
-        numbers: Sequence[int],
-        coded: Sequence[bool],
-        world_size: int,
-    ) -> None:
+    def __init__(self, coded: Sequence[Parameter], exact: Sequence[Sequence[tuple[int, int]]], row: int) -> None:
+        self.world_size, self.row = len(exact), row
+        self._coded, self._exact = tuple(coded), tuple(map(tuple, exact))
+        self._alike = len(set(self._exact)) == 1
+        self.exact_width = max(sum(length for _, length in slices) for slices in exact)
+        self.exact_numel = sum(length for slices in exact for _, length in slices)
+        self.checksum = zlib.crc32(repr((self._coded, self._exact, row)).encode())
+        self._cuts: dict[Codec, Cut] = {}
+
+    @classmethod
+    def by_chunks(
+        cls, sizes: Sequence[int], chunks: Sequence[int], numbers: Sequence[int], coded: Sequence[bool], world_size: int
+    ) -> "Shards":
+        """Row r holds chunk r of each parameter, one after another, padded (`fully_shard`).
+
+        Args:
+            sizes: elements of each parameter.
+            chunks: elements of a parameter's chunk in each row, so that W chunks hold it; what is over is padding.
+            numbers: of the parameters, for the noise.
+            coded: which parameters are coded; the others are added exactly.
+            world_size: W.
+
+        Raises:
+            ValueError: a parameter does not fit its chunks.
+        """
         if any(size > world_size * chunk for size, chunk in zip(sizes, chunks, strict=True)):
             raise ValueError(f"parameters of {list(sizes)} elements do not fit {world_size} chunks of {list(chunks)}")
-        self.world_size = world_size
-        places = torch.tensor([0, *chunks]).cumsum(0).tolist()
-        self.row = places.pop()
-        every = list(zip(sizes, chunks, places, numbers, strict=True))
-        which = [code and size > 0 for code, size in zip(coded, sizes, strict=True)]
-        self._coded = [each for each, code in zip(every, which, strict=True) if code]
-        self.exact = [(each[2], each[1]) for each, code in zip(every, which, strict=True) if not code]
-        self.exact_numel = sum(chunk for _, chunk in self.exact)
-        self.checksum = zlib.crc32(repr((every, which)).encode())
-        self._cuts: dict[Codec, Cut] = {}
+        row, place = sum(chunks), 0
+        parameters, exact = [], []
+        for size, chunk, number, code in zip(sizes, chunks, numbers, coded, strict=True):
+            if code and size:
+                cuts = range(0, size, chunk)
+                runs = (Run(begin, r * row + place, min(chunk, size - begin)) for r, begin in enumerate(cuts))
+                parameters.append(Parameter(size, number, tuple(runs)))
+            else:
+                exact.append((place, chunk))
+            place += chunk
+        return cls(parameters, [exact] * world_size, row)
+
+    @classmethod
+    def in_a_row(
+        cls,
+        sizes: Sequence[int],
+        offsets: Sequence[int],
+        numbers: Sequence[int],
+        coded: Sequence[bool],
+        row: int,
+        world_size: int,
+    ) -> "Shards":
+        """Parameters follow one another in the buffer, and rows are cut where they may (a flat parameter).
+
+        Args:
+            sizes, offsets: elements of each parameter, and where it begins; ascending.
+            numbers, coded: see :meth:`by_chunks`.
+            row: elements of a row.
+            world_size: W.
+
+        Raises:
+            ValueError: a parameter does not fit the rows.
+        """
+        parameters: list[Parameter] = []
+        exact: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
+        for size, offset, number, code in zip(sizes, offsets, numbers, coded, strict=True):
+            if offset + size > world_size * row:
+                raise ValueError(f"elements {offset} to {offset + size} do not fit {world_size} rows of {row}")
+            if not size:
+                continue
+            cuts = [offset, *range((offset // row + 1) * row, offset + size, row), offset + size]
+            runs = tuple(Run(low - offset, low, high - low) for low, high in itertools.pairwise(cuts))
+            if code:
+                parameters.append(Parameter(size, number, runs))
+            else:
+                for run in runs:
+                    exact[run.offset // row].append((run.offset % row, run.length))
+        return cls(parameters, exact, row)
 
     @cached_property
     def layers(self) -> Segments:
         """The parameters that are coded, each whole."""
-        return Segments([each[0] for each in self._coded], layers=[each[3] for each in self._coded])
+        return Segments([each.size for each in self._coded], layers=[each.number for each in self._coded])
 
-    def whole(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """The coded parameters out of (W, k), each (size,) in its own order."""
-        return [rows[:, place : place + chunk].contiguous().view(-1)[:size] for size, chunk, place, _ in self._coded]
+    def whole(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The coded parameters out of the buffer, each (size,) in its own order."""
+        found = []
+        for size, _, runs in self._coded:
+            first, last = runs[0], runs[-1]
+            if last.offset + last.length - first.offset == size:
+                found.append(flat[first.offset : first.offset + size])
+            else:
+                found.append(torch.cat([flat[run.offset : run.offset + run.length] for run in runs]))
+        return found
+
+    def exact(self, flat: torch.Tensor) -> torch.Tensor:
+        """(W, exact_width): what each row holds of the exact parts; a shorter row is filled up with zeros."""
+        rows = flat.view(self.world_size, self.row)
+        if self._alike:
+            columns = [rows[:, place : place + length] for place, length in self._exact[0]]
+            return torch.cat(columns or [rows[:, :0]], dim=1)
+        packed = flat.new_zeros(self.world_size, self.exact_width)
+        for row, to, slices in zip(rows, packed, self._exact, strict=True):
+            for here, (place, length) in zip(_places(slices), slices, strict=True):
+                to[here : here + length] = row[place : place + length]
+        return packed
+
+    def put_exact(self, packed: torch.Tensor, rank: int, out: torch.Tensor) -> None:
+        """Set the exact parts of one row, (row,), from what :meth:`exact` made of it, (exact_width,)."""
+        slices = self._exact[rank]
+        for here, (place, length) in zip(_places(slices), slices, strict=True):
+            out[place : place + length] = packed[here : here + length]
 
     def own(self, rank: int) -> tuple[Segments, Segments]:
         """The coded and the exact layers of one row, as a buffer of its own."""
-        pieces = [
-            (min(max(size - rank * chunk, 0), chunk), place, number, rank * chunk)
-            for size, chunk, place, number in self._coded
+        first, exact = rank * self.row, self._exact[rank]
+        held = [
+            (run.length, run.offset - first, number, run.begin)
+            for _, number, runs in self._coded
+            for run in runs
+            if first <= run.offset < first + self.row
         ]
-        sizes, offsets, numbers, bases = map(list, zip(*pieces, strict=True)) if pieces else ([], [], [], [])
+        sizes, offsets, numbers, bases = map(list, zip(*held, strict=True)) if held else ([], [], [], [])
         coded = Segments(sizes, offsets=offsets, layers=numbers, bases=bases)
-        return coded, Segments([chunk for _, chunk in self.exact], offsets=[place for place, _ in self.exact])
+        return coded, Segments([length for _, length in exact], offsets=[place for place, _ in exact])
 
     def cut(self, codec: Codec) -> "Cut":
         """The pieces of all rows, for a codec's scales."""
         if codec not in self._cuts:
             self._cuts[codec] = Cut(self, self._coded, codec)
         return self._cuts[codec]
+
+
+def _places(slices: Sequence[tuple[int, int]]) -> list[int]:
+    """Where slices begin when they follow one another."""
+    return list(itertools.accumulate((length for _, length in slices), initial=0))[:-1]
 
 
 class Cut:
@@ -94,14 +195,15 @@ class Cut:
     elements where rows begin.
     """
 
-    def __init__(self, shards: Shards, coded: list[tuple[int, int, int, int]], codec: Codec) -> None:
+    def __init__(self, shards: Shards, coded: Sequence[Parameter], codec: Codec) -> None:
         tables, scales, first = [], [], 0
-        for size, chunk, place, number in coded:
+        for size, number, runs in coded:
             starts = codec.scaled(Segments([size])).bases
-            begin = torch.unique(torch.cat([starts, torch.arange(0, size, max(chunk, 1))]))
+            begins, offsets, _ = torch.tensor(runs, dtype=torch.int64).T.contiguous()
+            begin = torch.unique(torch.cat([starts, begins]))
             end = torch.cat([begin[1:], torch.tensor([size])])
-            row = begin // chunk
-            offset = row * shards.row + place + begin - row * chunk
+            run = torch.searchsorted(begins, begin, right=True) - 1
+            offset = offsets[run] + begin - begins[run]
             tables.append(torch.stack([offset, end - begin, torch.full_like(begin, number), begin]))
             scales.append(torch.searchsorted(starts, begin, right=True) - 1 + first)
             first += len(starts)
@@ -112,7 +214,7 @@ class Cut:
         of_row = torch.searchsorted(self.pieces.offsets, torch.arange(shards.world_size + 1) * shards.row)
         self._of_row = of_row.tolist()
         self.edges = self.pieces.starts[of_row].tolist()
-        self.length = max(end - begin for begin, end in zip(self.edges, self.edges[1:], strict=False))
+        self.length = max(end - begin for begin, end in itertools.pairwise(self.edges))
         self._row = shards.row
 
     def own(self, rank: int) -> tuple[Segments, torch.Tensor]:
@@ -160,12 +262,11 @@ def reduce_scatter(
             f"wanted {world_size} rows of {shards.row} elements and room for one, got {flat.numel()} and {out.numel()}"
         )
     clock = clock or Clock()
-    rows = flat.view(world_size, shards.row)
     coded = codec is not None and shards.layers.numel > 0
     with clock("encode", key, "measure"):
         local = torch.zeros(0, device=flat.device)
         if codec is not None and coded:
-            local = torch.cat([codec.measure(each, codec.scaled(Segments([len(each)]))) for each in shards.whole(rows)])
+            local = torch.cat([codec.measure(each, codec.scaled(Segments([len(each)]))) for each in shards.whole(flat)])
     header = Header(
         key.seed,
         key.step,
@@ -177,7 +278,7 @@ def reduce_scatter(
     )
     with clock("exchange", key, "share"):
         shared = share(local, header, transport, later)
-        floats = torch.cat([rows[:, place : place + chunk] for place, chunk in shards.exact] or [rows[:, :0]], dim=1)
+        floats = shards.exact(flat)
         octets = (
             floats.contiguous().view(torch.uint8) if floats.numel() else flat.new_empty(world_size, 0).view(torch.uint8)
         )
@@ -204,7 +305,4 @@ def reduce_scatter(
             unit = codec.unit(shared, divisor)[:, which.to(flat.device)]
             ops.unpack_decode(received[:, :nbytes], packing, own, unit, 0, own.numel, cut.length, out)
         mean = exchanges.ordered_mean(exchanges.floats_of(received[:, nbytes:], flat), divisor)
-        begin = 0
-        for place, chunk in shards.exact:
-            out[place : place + chunk] = mean[begin : begin + chunk]
-            begin += chunk
+        shards.put_exact(mean, rank, out)

@@ -299,7 +299,7 @@ def test_registering_after_a_forward_pass(on_ranks):
 @pytest.mark.parametrize("divisor", [1.0, 3.0])
 def test_padding_becomes_zero_and_exact_layers_are_exact(divisor):
     """Three ranks; parameters of 10, 7 and 1 elements, the second coded."""
-    shards = Shards([10, 7, 1], [4, 3, 1], [0, 1, 2], [False, True, False], 3)
+    shards = Shards.by_chunks([10, 7, 1], [4, 3, 1], [0, 1, 2], [False, True, False], 3)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randint(-8, 9, (24,), generator=generator).float() for _ in range(3)]
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from jobs import ROOT, read
 
 from terncomm.cluster.namespaces import Namespace, NotPermitted
@@ -109,7 +110,6 @@ def test_slurm_needs_a_script():
 
 
 def test_the_kubernetes_job_runs_what_there_is():
-    yaml = pytest.importorskip("yaml")
     job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]

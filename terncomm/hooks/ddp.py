@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from terncomm.codecs import Codec
 from terncomm.hooks.agreement import ConfigurationsDiffer
 from terncomm.hooks.connection import connect
-from terncomm.hooks.fsdp import ShardState, register_fsdp
+from terncomm.hooks.fsdp import register_fsdp
+from terncomm.hooks.fsdp1 import fsdp1_units, register_fsdp1
+from terncomm.hooks.sharded import ShardState
 from terncomm.hooks.state import CommState
 from terncomm.layers import GROUPS
 
@@ -52,7 +54,7 @@ def register(
 
     Args:
         model: a `DistributedDataParallel`, or a wrapper that holds one (torch.compile); or a model of `fully_shard`
-            (FSDP2), whose reduce-scatter then sends codes.
+            (FSDP2) or `FullyShardedDataParallel` (FSDP1), whose reduce-scatter then sends codes.
         codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
         replicas: for `fully_shard` over a one-dimensional mesh: the group of the ranks that hold the same shard, in
             place of FSDP2's own hybrid sharding. Gradients are then reduced plainly inside the mesh, and coded between
@@ -62,25 +64,26 @@ def register(
         The state, for `stats()`, `disable()` and `enable()`.
 
     Raises:
-        TypeError: the model is not a DDP model; the message says what to use instead.
+        TypeError: the model is none of these, or sharded in a way that cannot be served; the message says what to use
+            instead.
         RuntimeError: it already has a communication hook, ranks called with different arguments, or a rank did not
             call within the timeout of the model's process group.
     """
+    options: dict[str, Any] = {
+        "skip": skip,
+        "min_numel": min_numel,
+        "warmup_steps": warmup_steps,
+        "exchange": exchange,
+        "seed": seed,
+        "exempt": exempt,
+    }
     if _is_fully_sharded(model):
-        return register_fsdp(
-            model,
-            codec,
-            replicas=replicas,
-            skip=skip,
-            min_numel=min_numel,
-            warmup_steps=warmup_steps,
-            exchange=exchange,
-            seed=seed,
-            exempt=exempt,
-        )
-    ddp = _unwrap(model)
+        return register_fsdp(model, codec, options, replicas)
     if replicas is not None:
-        raise TypeError("replicas= is for models of fully_shard; DistributedDataParallel has replicas alone")
+        raise TypeError("replicas= is for models of fully_shard (FSDP2)")
+    if units := fsdp1_units(model):
+        return register_fsdp1(model, units, codec, options)
+    ddp = _unwrap(model)
     if ddp._comm_hooks:
         hook = getattr(ddp._comm_hooks[0][0], "__qualname__", repr(ddp._comm_hooks[0][0]))
         raise RuntimeError(
@@ -95,12 +98,7 @@ def register(
     try:
         state = CommState(
             codec,
-            skip=skip,
-            min_numel=min_numel,
-            warmup_steps=warmup_steps,
-            exchange=exchange,
-            seed=seed,
-            exempt=exempt,
+            **options,
             named_parameters=ddp.module.named_parameters(),
             process_group=ddp.process_group,
         )
@@ -145,7 +143,5 @@ def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
                     f"{kind} is of fully_shard, whose reduce-scatter torch {torch.__version__} lets nobody replace: a "
                     "newer one, with FSDPModule.set_custom_reduce_scatter, is needed"
                 )
-            if kind == "FullyShardedDataParallel":
-                raise TypeError(f"{kind} (FSDP1) is not served: shard with torch.distributed.fsdp.fully_shard (FSDP2)")
             raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model)")
     return inner

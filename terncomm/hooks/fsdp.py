@@ -1,6 +1,6 @@
 """FSDP2 (`fully_shard`): the reduce-scatter of gradients, or the all-reduce between replicas, through a codec."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +9,9 @@ from torch import nn
 from torch.distributed import ReduceOp
 
 from terncomm.codecs import Codec
-from terncomm.hooks.averaging import Averaging, advise
 from terncomm.hooks.connection import connect
-from terncomm.keys import Key
-from terncomm.scatter import Shards, reduce_scatter
+from terncomm.hooks.sharded import ShardState, Unit
+from terncomm.scatter import Shards
 
 _MISSING = (
     "FSDP reduces {} elements of {}, whose parameters make {}: one of them got no gradient, and which cannot be told. "
@@ -20,55 +19,12 @@ _MISSING = (
 )
 
 
-class ShardState(Averaging):
-    """What :func:`terncomm.register` returns for a model of `fully_shard`: statistics, switches, checkpoint.
-
-    Options are those of :class:`terncomm.CommState`. A step is a reduction of each FSDP module's parameters.
-    """
-
-    _OWN = (*Averaging._OWN, "_failed", "_groups")
-
-    def _detach(self) -> None:
-        super()._detach()
-        self._failed: Exception | None = None
-        self._groups: list[_Group] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`terncomm.CommState`; `steps` are of each FSDP module, which may be used unequally often."""
-        return {**super().state_dict(), "steps": [group.step for group in self._groups]}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """See :class:`terncomm.CommState`."""
-        super().load_state_dict(saved)
-        steps = saved.get("steps", [])
-        for place, group in enumerate(self._groups):
-            group.step = int(steps[place]) if len(steps) == len(self._groups) else self._step
-
-    def _codes_now(self, step: int) -> bool:
-        return self._enabled_next and step >= self.warmup_steps
-
-    def _guarded(self, where: str, work: Any) -> None:
-        """Run `work` and tell the other ranks if it fails."""
-        if self._failed is not None:
-            raise RuntimeError(f"an earlier gradient reduction failed: {self._failed}") from self._failed
-        assert self._connection is not None
-        try:
-            work()
-        except Exception as error:
-            self._failed = error
-            failure = self._connection.fail(error, f"{where}, {self._clock.phase}")
-            raise failure from (None if failure is error else error)
-
-
-class _Group:
-    """The parameters that FSDP reduces together. They are known by FSDP's own objects: the tensors may be replaced."""
+class _Group(Unit):
+    """What `fully_shard` reduces together. Parameters are known by FSDP's own objects: the tensors may be replaced."""
 
     def __init__(self, state: ShardState, index: int, name: str, params: Sequence[Any]) -> None:
-        self.state = state
-        self.index = index
-        self.name = name
+        super().__init__(state, index, name)
         self.params = list(params)
-        self.step = state._step
         layers = state._layers
         # Parameters that are sharded along another dimension lie in the buffer in another order than they have.
         self._known = {
@@ -78,7 +34,7 @@ class _Group:
         }
         self._made: dict[tuple[int, ...], tuple[Shards, Shards]] = {}
 
-    def shards(self, world_size: int) -> tuple[Shards, Shards]:
+    def shards(self, world_size: int, numel: int) -> tuple[Shards, Shards]:
         """The layout of the parameters that require a gradient now, and the same with nothing coded."""
         places = tuple(place for place, p in enumerate(self.params) if p.sharded_param.requires_grad)
         if places not in self._made:
@@ -97,16 +53,12 @@ class _Group:
             ]
             numbers, coded = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
             self._made[places] = tuple(  # type: ignore[assignment]
-                Shards(sizes, chunks, numbers, which, world_size) for which in (coded, [False] * len(sizes))
+                Shards.by_chunks(sizes, chunks, numbers, which, world_size) for which in (coded, [False] * len(sizes))
             )
-        return self._made[places]
-
-    def begin(self) -> tuple[Key, str]:
-        """A reduction of these parameters begins."""
-        state, self.step = self.state, self.step + 1
-        if self.step > state._step:
-            state._begin_step(self.step)
-        return Key(state.seed, self.step, self.index), f"{self.name} of step {self.step}"
+        made = self._made[places]
+        if numel != world_size * made[0].row:
+            raise RuntimeError(_MISSING.format(numel, self.name, world_size * made[0].row))
+        return made
 
 
 def _divisor(op: Any, world_size: int) -> float:
@@ -140,42 +92,9 @@ class ReduceScatter:
         async_op: bool = False,
     ) -> None:
         """Leave the reduced shard in `output_tensor`; done when it returns."""
-        held, state = self._group, self._group.state
-        key, where = held.begin()
-        transport = state._transport
+        transport = self._group.state._transport
         assert transport is not None
-
-        def work() -> None:
-            state._check_arrived()
-            coded, plain = held.shards(transport.world_size)
-            shards = coded if state._codes_now(key.step) else plain
-            if input_tensor.numel() != transport.world_size * shards.row:
-                wanted = transport.world_size * shards.row
-                raise RuntimeError(_MISSING.format(input_tensor.numel(), held.name, wanted))
-            complaint = None
-            if shards.layers.numel and state._looks_at_clipping(key.step):
-                rows = input_tensor.view(transport.world_size, shards.row)
-                complaint = state._watch_clipping(torch.cat(shards.whole(rows)), shards.layers, key.step)
-            reduce_scatter(
-                input_tensor,
-                shards,
-                state.codec if shards.layers.numel else None,
-                transport,
-                key=key,
-                divisor=_divisor(op, transport.world_size),
-                out=output_tensor,
-                clock=state._clock,
-                later=state._later if input_tensor.is_cuda else None,
-            )
-            counts, itemsize = state._counts, input_tensor.element_size()
-            counts["raw_bytes"] += input_tensor.nbytes
-            counts["exact_bytes"] += (transport.world_size - 1) * shards.exact_numel * itemsize
-            counts["coded_numel"] += shards.layers.numel
-            counts["exact_numel"] += shards.exact_numel * transport.world_size
-            if complaint is not None:
-                advise(complaint, transport)
-
-        state._guarded(where, work)
+        self._group.reduce_scatter(input_tensor, output_tensor, _divisor(op, transport.world_size))
 
 
 class _BetweenReplicas:
@@ -186,36 +105,11 @@ class _BetweenReplicas:
         self._rank, self._ranks = shard_rank, shard_ranks
 
     def __call__(self, reduced: torch.Tensor) -> None:
-        held, state = self._group, self._group.state
-        key, where = held.begin()
-        transport = state._transport
-        assert transport is not None
-
-        def work() -> None:
-            state._check_arrived()
-            if reduced.is_cuda:  # made on FSDP's stream for reduce-scatter, used on that for all-reduce
-                reduced.record_stream(torch.cuda.current_stream(reduced.device))
-            coded_shards, plain = held.shards(self._ranks)
-            shards = coded_shards if state._codes_now(key.step) and transport.world_size > 1 else plain
-            if reduced.numel() != shards.row:
-                raise RuntimeError(_MISSING.format(reduced.numel(), held.name, shards.row))
-            coded, exact = shards.own(self._rank)
-            state._run(reduced, coded, exact, key, transport)
-
-        state._guarded(where, work)
+        self._group.all_reduce(reduced, self._rank, self._ranks)
 
 
 def register_fsdp(
-    model: nn.Module,
-    codec: str | Codec,
-    *,
-    replicas: dist.ProcessGroup | None = None,
-    skip: Collection[str],
-    min_numel: int,
-    warmup_steps: int,
-    exchange: str,
-    seed: int,
-    exempt: Collection[str],
+    model: nn.Module, codec: str | Codec, options: Mapping[str, Any], replicas: dist.ProcessGroup | None = None
 ) -> ShardState:
     """What :func:`terncomm.register` does with a model of `fully_shard`; see there.
 
@@ -257,16 +151,7 @@ def register_fsdp(
         raise ValueError(
             "replicas: wanted the group of the ranks that hold the same shard, got one with others of its mesh"
         )
-    state = ShardState(
-        codec,
-        skip=skip,
-        min_numel=min_numel,
-        warmup_steps=warmup_steps,
-        exchange=exchange,
-        seed=seed,
-        exempt=exempt,
-        named_parameters=model.named_parameters(),
-    )
+    state = ShardState(codec, **options, named_parameters=model.named_parameters())
     state._layers.adopt(model)
     if not state._layers.numbers:
         raise ValueError("no parameter requires a gradient: there is nothing to reduce")
@@ -278,7 +163,7 @@ def register_fsdp(
     state._connect(connect(replicas or info.shard_process_group, found[0][2].device, configuration))
     for index, (name, module, group) in enumerate(found):
         held = _Group(state, index, name, group.fsdp_params)
-        state._groups.append(held)
+        state._units.append(held)
         if replicas is None:
             module.set_custom_reduce_scatter(ReduceScatter(held))
         else:

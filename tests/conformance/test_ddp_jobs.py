@@ -403,20 +403,6 @@ def refusals():
     return said
 
 
-def sharded_by_fsdp1():
-    """FSDP1 needs an accelerator for a backward, not for being made."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = FullyShardedDataParallel(made(), device_id=torch.device("cpu"))
-    try:
-        terncomm.register(model, "int8")
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "nothing", ""
-
-
 def alone_in_the_world(codec):
     twins = Twins(made(), codec)
     for step in range(3):
@@ -433,12 +419,6 @@ def test_models_that_are_not_taken(on_ranks):
             "wanted a DistributedDataParallel model, got Net; wrap it first: DDP(model)",
         )
         assert said["none"] == ("TypeError", "wanted a DistributedDataParallel model, got None")
-
-
-def test_fsdp1_is_not_taken(on_ranks):
-    for kind, text in on_ranks(2, sharded_by_fsdp1):
-        assert kind == "TypeError"
-        assert "FullyShardedDataParallel (FSDP1) is not served" in text
 
 
 @pytest.mark.parametrize("codec", CODECS)

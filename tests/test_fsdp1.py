@@ -1,0 +1,197 @@
+"""FSDP1 (`FullyShardedDataParallel`): its flat gradients through a codec are DDP's. Functions run on ranks."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+import terncomm
+from tests.test_fsdp import Block, backward, network
+
+CODED = ("one.up.weight", "one.down.weight", "two.up.weight", "two.down.weight")
+
+
+def flat(strategy="FULL_SHARD", model=None, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 is deprecated, NO_SHARD too
+        return FullyShardedDataParallel(
+            network() if model is None else model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            sharding_strategy=ShardingStrategy[strategy],
+            device_id=torch.device("cpu"),
+            **options,
+        )
+
+
+def whole(model):
+    """Every gradient, gathered."""
+    if model._use_orig_params:
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return {terncomm.layers.clean(name): p.grad.clone() for name, p in model.named_parameters()}
+    found = {}
+    for name, unit in model.named_modules():  # FSDP1 gives these only itself
+        if isinstance(unit, FullyShardedDataParallel):
+            flat, prefix = unit._handle.flat_param, terncomm.layers.clean(name)
+            rows = [torch.empty_like(flat.grad) for _ in range(dist.get_world_size())]
+            dist.all_gather(rows, flat.grad)
+            pieces = torch.cat(rows)[: sum(flat._numels)].split(flat._numels)
+            for inner, piece, shape in zip(flat._fqns, pieces, flat._shapes, strict=True):
+                found[f"{prefix}.{inner}" if prefix else inner] = piece.view(shape)
+    return found
+
+
+def as_ddp(strategy, codec, use_orig_params):
+    """Gradients are DDP's bit for bit, over four steps of which the first is exact."""
+    plain, model = DistributedDataParallel(network()), flat(strategy, use_orig_params=use_orig_params)
+    options = {"seed": 5, "warmup_steps": 1, "skip": ["two.up"]}
+    terncomm.register(plain, codec, **options)
+    state = terncomm.register(model, codec, **options)
+    for step in range(4):
+        backward(plain, step)
+        backward(model, step)
+        found = whole(model)
+        assert len(found) == len(list(plain.parameters()))
+        for name, gradient in found.items():
+            wanted = plain.get_parameter(f"module.{name}").grad
+            assert torch.equal(gradient, wanted), (step, name)
+    return state.stats()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("codec", ["terngrad", terncomm.Int8(returned="exact", block=100)])
+@pytest.mark.parametrize(
+    ("strategy", "use_orig_params"), [("FULL_SHARD", True), ("FULL_SHARD", False), ("NO_SHARD", True)]
+)
+def test_it_is_ddp_cut_into_shards(on_ranks, strategy, use_orig_params, codec, world_size):
+    for stats in on_ranks(world_size, as_ddp, strategy, codec, use_orig_params):
+        assert stats["steps"] == 4
+        assert stats["coded_numel"] == 3 * 3 * 67 * 53
+        returned = 2 if strategy == "NO_SHARD" else 1
+        assert stats["wire_bytes"] < returned * stats["raw_bytes"] * (world_size - 1) / world_size
+
+
+def near_plain(strategy, **options):
+    """FSDP1 without the hook beside it: types are equal, coded gradients near, the others the same but for rounding."""
+    made = {"use_orig_params": True, **options}
+    plain, model = flat(strategy, **made), flat(strategy, **made)
+    terncomm.register(model, "int8")
+    for each in (plain, model):
+        backward(each, 0)
+    wanted = whole(plain)
+    for name, gradient in whole(model).items():
+        assert gradient.dtype == wanted[name].dtype
+        error = (gradient - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-6)
+        if name in CODED:
+            assert 1e-4 < error < 0.03, (name, float(error))
+        else:
+            assert error < 0.01, (name, float(error))
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+def test_every_strategy_with_a_hook(on_ranks, strategy):
+    on_ranks(3, near_plain, strategy)
+
+
+def mixed(dtype):
+    near_plain("FULL_SHARD", mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_mixed_precision(on_ranks, dtype):
+    on_ranks(2, mixed, dtype)
+
+
+def accumulated():
+    """Gradients gathered under no_sync are reduced once."""
+    model, once = flat(use_orig_params=True), flat(use_orig_params=True)
+    state = terncomm.register(model, "terngrad", exempt=(), min_numel=10**9)
+    words = [torch.randint(0, 50, (6, 3), generator=torch.Generator().manual_seed(n + dist.get_rank())) for n in (0, 9)]
+    with model.no_sync():
+        model(words[0]).square().mean().backward()
+    model(words[1]).square().mean().backward()
+    (once(words[0]).square().mean() + once(words[1]).square().mean()).backward()
+    wanted = whole(once)
+    for name, gradient in whole(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7)
+    assert state.stats()["steps"] == 1
+
+
+def test_accumulation(on_ranks):
+    on_ranks(2, accumulated)
+
+
+def partly_frozen():
+    """What requires no gradient is not sent, and tied weights are one."""
+    base = network()
+    base.one.requires_grad_(False)
+    base.two.down.requires_grad_(False)
+    model = flat(model=base, use_orig_params=True)
+    state = terncomm.register(model, "terngrad")
+    backward(model, 0)
+    stats = state.stats()
+    assert stats["coded_numel"] == 67 * 53
+    assert stats["exact_numel"] == 50 * 53 + 2 * 53 + 67 + 53 * 5 + 5 + 1
+
+
+def test_frozen_parameters_are_not_sent(on_ranks):
+    on_ranks(2, partly_frozen)
+
+
+def resumed():
+    """A run of four steps, and one that stops after two and goes on in a new model."""
+    long, first, second = (flat(use_orig_params=True) for _ in range(3))
+    a, b, c = (terncomm.register(model, "terngrad") for model in (long, first, second))
+    for step in range(4):
+        backward(long, step)
+    for step in range(2):
+        backward(first, step)
+    c.load_state_dict(b.state_dict())
+    for step in range(2, 4):
+        backward(second, step)
+    assert a.state_dict() == c.state_dict() == {"step": 3, "seed": 0, "steps": [3, 3, 3]}
+    wanted = whole(long)
+    for name, gradient in whole(second).items():
+        assert torch.equal(gradient, wanted[name]), name
+
+
+def test_noise_goes_on_after_a_checkpoint(on_ranks):
+    on_ranks(2, resumed)
+
+
+def refusals():
+    model = flat()
+    terncomm.register(model, "int8")
+    with pytest.raises(RuntimeError, match="the root already has a communication hook"):
+        terncomm.register(model, "int8")
+    with pytest.raises(TypeError, match=r"replicas= is for models of fully_shard"):
+        terncomm.register(flat(), "int8", replicas=dist.group.WORLD)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        terncomm.register(flat(), "int8", skip=["nothing"])
+    groups = dist.group.WORLD, dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    hybrid = flat("HYBRID_SHARD", nn.Sequential(Block(40)), process_group=groups)
+    with pytest.raises(TypeError, match="sharded by HYBRID_SHARD, for which FSDP1 has no communication hook"):
+        terncomm.register(hybrid, "int8")
+
+
+def test_what_is_not_taken(on_ranks):
+    on_ranks(2, refusals)
+
+
+def one_rank_fails():
+    model = flat()
+    state = terncomm.register(model, "int8")
+    backward(model, 0)
+    if dist.get_rank() == 1:
+        state.codec = "broken"
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - each rank has its own
+        backward(model, 1)
+    return str(caught.value)
+
+
+def test_a_rank_that_fails_is_named_to_the_others(on_ranks):
+    assert "rank 1 failed in" in on_ranks(2, one_rank_fails)[0]
