@@ -23,9 +23,10 @@ done
 export PATH="$(dirname "$python"):$PATH" # the mpicxx of the wheel mpich, if it is there
 with=(HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1) controllers=gloo
 if command -v mpicxx >/dev/null; then
-    with=(HOROVOD_WITH_GLOO=1 HOROVOD_WITH_MPI=1) controllers="gloo and MPI ($(mpicxx -show 2>/dev/null | cksum | cut -c1-6))"
+    with=(HOROVOD_WITH_GLOO=1 HOROVOD_WITH_MPI=1) controllers="gloo and MPI"
+    mpi="$(mpicxx -show 2>/dev/null | cksum | cut -c1-6)" # a wheel for one MPI is none for another
 fi
-tag="$(echo "$("$python" -V) torch $torch $controllers" | tr -c 'A-Za-z0-9.\n' -)"
+tag="$(echo "$("$python" -V) torch $torch $controllers ${mpi:-}" | tr -c 'A-Za-z0-9.\n' -)"
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/terncomm/horovod-$version-$tag"
 
 pip() { "$python" -m pip "$1" -q --disable-pip-version-check "${@:2}"; }

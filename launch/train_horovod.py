@@ -1,6 +1,6 @@
 """Train a network with Horovod, its gradients compressed. Horovod is built by launch/build_horovod.sh.
 
-    horovodrun -np 4 python launch/train_horovod.py --codec terngrad
+    horovodrun --gloo -np 4 python launch/train_horovod.py --codec terngrad
 
 Beside what any program for Horovod does there is one line: the optimizer is terncomm's, not Horovod's.
 """

@@ -39,6 +39,11 @@ def DistributedOptimizer(
     op: Any = None,
     process_set: Any = None,
     timeout_s: float = 600.0,
+    sparse_as_dense: bool = False,
+    compression: Any = None,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
     **options: Any,
 ) -> Any:
     """The optimizer, with every `step()` taken on gradients averaged over Horovod's ranks, in compressed form.
@@ -64,6 +69,10 @@ def DistributedOptimizer(
         op: `hvd.Average` (the default) or `hvd.Sum`.
         process_set: of Horovod; by default all ranks.
         timeout_s: how long an exchange waits for the other ranks.
+        sparse_as_dense: make sparse gradients dense, in place of an error.
+        compression: of Horovod, may only be that of none: `codec` stands in its place.
+        gradient_predivide_factor, num_groups, groups: taken, so that programs need not be changed, and without effect:
+            sums of codes do not overflow, and buckets do what groups do.
         options: `skip`, `min_numel`, `warmup_steps`, `exchange`, `seed`, `exempt`, `bucket_cap_mb` of
             :class:`terncomm.GradientAverager`.
 
@@ -74,6 +83,7 @@ def DistributedOptimizer(
 
     Raises:
         ModuleNotFoundError: Horovod is not installed.
+        TypeError: an unknown option.
         ValueError: `hvd.init()` has not been called, a parameter has no name or two have one, an option or an
             optimizer that cannot be.
         ConfigurationsDiffer: ranks were given different arguments.
@@ -92,12 +102,14 @@ def DistributedOptimizer(
         raise ValueError("LBFGS decides by a loss that differs between ranks, so their weights would part ways")
     if hasattr(optimizer, "skip_synchronize"):
         raise ValueError("this optimizer is distributed already: wrap the original one, once")
+    if compression not in (None, Compression.none, hvd.Compression.none):
+        raise ValueError(f"compression={compression!r}: here codec= says how gradients travel; leave compression out")
     passes = _positive("backward_passes_per_step", backward_passes_per_step)
     reducer = None
     if process_set is None or process_set.included():
         named = _named(optimizer, named_parameters)
         averager = GradientAverager(named, codec, HorovodTransport(process_set, timeout_s=timeout_s), **options)
-        reducer = _Reducer(averager, passes, op == hvd.Sum)
+        reducer = _Reducer(averager, passes, op == hvd.Sum, sparse_as_dense)
     # Of Horovod's module, so that hvd.broadcast_optimizer_state knows that a plain step() would wait for other ranks.
     kind = _kind(type(optimizer), hvd.DistributedOptimizer.__module__)
     wrapped = kind.__new__(kind)
@@ -145,8 +157,9 @@ class _Reducer:
     Hooks of parameters call it; jobs run on an ordered worker, and their errors are raised by `finish`.
     """
 
-    def __init__(self, averager: GradientAverager, passes: int, adds: bool) -> None:
+    def __init__(self, averager: GradientAverager, passes: int, adds: bool, densifies: bool) -> None:
         self.averager = averager
+        self._densifies = densifies
         self.passes = passes
         parameters = cast(list[nn.Parameter], averager._parameters)
         self._buckets = [[parameters[place] for place in places] for places in averager._buckets(list(parameters))]
@@ -221,9 +234,13 @@ class _Reducer:
             for each in bucket:
                 if each.grad is None:
                     each.grad = torch.zeros_like(each, requires_grad=False)
+                elif self._densifies and each.grad.layout != torch.strided:
+                    each.grad = each.grad.to_dense()
             gradients = [cast(torch.Tensor, each.grad) for each in bucket]
             if sparse := [each for each in gradients if each.layout != torch.strided]:
-                raise TypeError(f"gradients must be dense, got one of layout {sparse[0].layout}: use sparse=False")
+                raise TypeError(
+                    f"gradients must be dense, got one of layout {sparse[0].layout}: use sparse_as_dense=True"
+                )
             stream: Any = nullcontext()
             if gradients[0].is_cuda:  # the worker goes on where these gradients are computed
                 self._streams.add(torch.cuda.current_stream(gradients[0].device))

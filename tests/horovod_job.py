@@ -229,6 +229,34 @@ def refused():
         optimizer.step()
 
 
+def as_programs_of_horovod_call_it():
+    """Every argument that hvd.DistributedOptimizer has."""
+    model, optimizer = made(
+        compression=hvd.Compression.none,
+        gradient_predivide_factor=2.0,
+        num_groups=2,
+        groups=None,
+        sparse_as_dense=True,
+        backward_passes_per_step=1,
+        op=hvd.Average,
+        process_set=hvd.global_process_set,
+    )
+    loss_of(model).backward()
+    optimizer.step()
+    assert close(gradients(model), mean_of_ranks())
+    with pytest.raises(ValueError, match="here codec= says how gradients travel"):
+        made(compression=hvd.Compression.fp16)
+    with pytest.raises(TypeError, match="'warmup'"):
+        made(warmup=1)
+    rows = torch.nn.Embedding(5, 4, sparse=True)
+    optimizer = DistributedOptimizer(torch.optim.SGD(rows.parameters(), lr=0.1), rows, sparse_as_dense=True)
+    rows(torch.tensor([hvd.rank()])).sum().backward()
+    optimizer.step()
+    wanted = torch.zeros(5, 4)
+    wanted[: hvd.size()] = 1 / hvd.size()
+    torch.testing.assert_close(rows.weight.grad, wanted)
+
+
 def compressions():
     for name in ("terngrad", "int8"):
         with pytest.raises(TypeError, match=r"cannot be one of Horovod's compressions: .*DistributedOptimizer"):
@@ -248,8 +276,9 @@ def compressions():
 def semantics():
     for each in (conformance, weights_stay_together, passes_add_up, clipping_between, sums, closures):
         each()
-    for each in (layers_that_some_ranks_skip, resumed, refused, compressions, other_ranks_step_alone):
+    for each in (layers_that_some_ranks_skip, resumed, refused, as_programs_of_horovod_call_it, compressions):
         each()
+    other_ranks_step_alone()
 
 
 def raises():
@@ -270,15 +299,15 @@ def killed():
 
 def silent():
     """A rank that does not come is waited for until the timeout, and its error names what was waited for."""
-    model, optimizer = made(timeout_s=0.5)
+    model, optimizer = made(timeout_s=4.0)  # making it waits for the others too
     if hvd.rank() == 1:
-        time.sleep(3)
+        time.sleep(9)
         os._exit(0)
     loss_of(model).backward()
     begin = time.monotonic()
-    with pytest.raises(RankFailed, match=r"not all of 2 ranks have come within 0\.5 s"):
+    with pytest.raises(RankFailed, match=r"not all of 2 ranks have come within 4 s"):
         optimizer.step()
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 8
     Path(sys.argv[1], "told").touch()
     os._exit(0)  # Horovod waits for the other rank
 

@@ -6,6 +6,7 @@ Horovod is no wheel: `launch/build_horovod.sh` builds it, and `tests/engines.sh`
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,17 @@ def test_the_same_bits_as_over_threads(launcher, ranks, codec, tmp_path):
 @pytest.mark.parametrize(("launcher", "ranks"), [("gloo", 3), ("mpi", 2)])
 def test_horovods_own_semantics(launcher, ranks, tmp_path):
     results(launcher, ranks, tmp_path, "semantics")
+
+
+@built
+def test_the_example_trains():
+    done = launched("gloo", 2, ROOT / "launch" / "train_horovod.py", "--epochs", 3, "--codec", "int8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    epochs = re.findall(r"epoch +(\d)/3  train loss ([0-9.]+)  sent +([0-9.]+) MB/rank", done.stdout)
+    assert [number for number, _, _ in epochs] == ["1", "2", "3"]
+    losses, sent = [float(loss) for _, loss, _ in epochs], [float(mb) for _, _, mb in epochs]
+    assert losses[2] < losses[0] / 2
+    assert 0 < sent[0] < sent[2]
 
 
 @built

@@ -38,7 +38,7 @@ class _FlatUnit(Unit):
         layers = state._layers
         self._layout = [
             (size, offset, layers.numbers[each], layers.codes(each))
-            for size, offset, each in zip(sizes, offsets, held, strict=False)
+            for size, offset, each in zip(sizes, offsets[:-1], held, strict=True)
             if each is not None and each.requires_grad
         ]
         self._made: dict[tuple[int, int], tuple[Shards, Shards]] = {}
