@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser)
     parser.add_argument("--codec", choices=["none", "fp16", "int8", "terngrad"], default="terngrad")
+    parser.add_argument("--between-nodes", action="store_true", help="code between nodes alone, average floats inside")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps-per-epoch", type=int, help="at most so many (default: all data; at most 30 for text)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per rank and step (default: %(default)s)")
@@ -49,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl with a GPU per rank, else gloo")
     args = parser.parse_args()
+    if args.between_nodes and args.codec in ("none", "fp16"):
+        parser.error(f"--between-nodes needs a codec of terncomm, got --codec {args.codec}")
     if args.steps_per_epoch is not None and args.steps_per_epoch < 1:
         parser.error(f"--steps-per-epoch must be at least 1, got {args.steps_per_epoch}")
     return args
@@ -190,7 +193,8 @@ def main() -> None:
     if args.codec == "fp16":
         model.register_comm_hook(None, fp16_compress_hook)
     elif args.codec != "none":
-        state = terncomm.register(model, args.codec, seed=args.seed)
+        node = dist.new_subgroups(int(os.environ["LOCAL_WORLD_SIZE"]))[0] if args.between_nodes else None
+        state = terncomm.register(model, args.codec, seed=args.seed, intra_group=node)
 
     sampler = DistributedSampler(workload.train, seed=args.seed)
     loader = DataLoader(workload.train, batch_size=args.batch_size, sampler=sampler)

@@ -81,7 +81,7 @@ def traffic(
     algorithm: str, numel: int, alphabet: tuple[int, int], world_size: int, returned: SumFormat | None = None
 ) -> int:
     """Bytes that each rank sends for `numel` codes; `returned`: the format of the sums, if they are not exact."""
-    return sent(messages(_plan(algorithm, numel, alphabet, world_size, returned), returned), world_size)
+    return sent(messages(choose(algorithm, numel, alphabet, world_size, returned), returned), world_size)
 
 
 def messages(plan: Plan, returned: SumFormat | None = None, *, along: int = 0, itemsize: int = 4) -> list[Message]:

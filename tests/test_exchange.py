@@ -43,7 +43,7 @@ def test_traffic_is_what_is_sent(world_size):
     for alphabet in ALPHABETS:
         for n in (0, 1, 1000, 12_345):
             codes = codes_of(world_size, n, alphabet)
-            for algorithm in ("gather", "two_phase"):
+            for algorithm in exchange.ALGORITHMS:
 
                 def work(transport, algorithm=algorithm, codes=codes, alphabet=alphabet):
                     metered = Metered(transport)

@@ -149,7 +149,15 @@ def test_two_nodes(tmp_path):
             ip("-n", name, "address", "add", f"10.9.8.{node + 1}/24", "dev", f"cable{node}")
             ip("-n", name, "link", "set", f"cable{node}", "up")
         for node, name in enumerate(names):
-            words = [node, "10.9.8.1", TRAIN, "--codec=int8", "--epochs=1", f"--metrics={tmp_path / 'metrics'}"]
+            words = [
+                node,
+                "10.9.8.1",
+                TRAIN,
+                "--codec=int8",
+                "--between-nodes",
+                "--epochs=1",
+                f"--metrics={tmp_path / 'metrics'}",
+            ]
             jobs.append(
                 subprocess.Popen(
                     [*map(str, ["ip", "netns", "exec", name, LAUNCH / "nodes.sh", 2, *words])],
@@ -167,7 +175,9 @@ def test_two_nodes(tmp_path):
             subprocess.run(["ip", "netns", "delete", name], check=False)
     assert [job.returncode for job in jobs] == [0, 0], told
     assert ["by cable0" in told[0], "by cable1" in told[1]] == [True, True]
-    assert read(tmp_path / "metrics")[0]["world_size"] == 4
+    (epoch,) = read(tmp_path / "metrics")
+    assert epoch["world_size"] == 4
+    assert epoch["wire_bytes"] > epoch["raw_bytes"], "floats inside nodes"
 
 
 @pytest.mark.slow

@@ -26,7 +26,11 @@ ALLOWED = {
     "exchange": {"wire", "ops", "segments", "transports.base"},
     "reduce": {"exchange", "ops", "codecs.base", "segments", "keys", "transports.base"},
     "scatter": {"reduce", "exchange", "ops", "codecs.base", "segments", "keys", "wire", "transports.base"},
-    "hooks": {"reduce", "scatter", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
+    "levels": {"reduce", "scatter", "exchange", "codecs.base", "segments", "keys", "transports"},
+    "hooks": {
+        *("reduce", "scatter", "levels", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports"),
+        "version",
+    },
     "simulator": {"reduce", "exchange", "ops", "codecs", "segments", "keys", "layers", "transports", "version"},
     "version": set(),
     "watch": {"hooks"},

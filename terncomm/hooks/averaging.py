@@ -14,6 +14,7 @@ from terncomm.exchange import ALGORITHMS
 from terncomm.hooks.connection import Connection
 from terncomm.keys import Key
 from terncomm.layers import Layers
+from terncomm.levels import Levels, all_reduce_mean_between
 from terncomm.reduce import DTYPES, Clock, Unchecked, all_reduce_mean, all_reduce_mean_sparse, exact_traffic
 from terncomm.segments import Segments
 from terncomm.transports import Metered
@@ -48,6 +49,7 @@ class Averaging:
     _OWN: tuple[str, ...] = (
         "_connection",
         "_transport",
+        "_levels",
         "_later",
         "_layouts",
         "_watches",
@@ -90,6 +92,7 @@ class Averaging:
         """Hold nothing that belongs to this process alone."""
         self._connection: Connection | None = None
         self._transport: Metered | None = None
+        self._levels: Levels | None = None
         self._later: list[Unchecked] = []  # headers on their way from the device
         self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
         self._watches: list[Callable[[], None]] = []  # called before each step
@@ -126,17 +129,18 @@ class Averaging:
         by this rank, everything counted (codes, scales, checks, padding, exact parts). exact_bytes: of these, what the
         exact parts took. coded_numel, exact_numel: elements that went either way. encode_s, exchange_s, decode_s:
         seconds in the phases of the path, on its own thread. clip_norm_lost/NAME: share of the layer's gradient norm
-        that clipping took, when last looked at (the first three coded steps and every hundredth).
+        that clipping took, when last looked at (the first three coded steps and every hundredth). intra_bytes, with
+        `intra_group`: of wire_bytes, what was sent inside the node.
         """
         self._check_arrived()
         for layers, lost in self._clip_unread.items():
             self._clip_lost.update(zip(layers, lost.tolist(), strict=True))
         self._clip_unread.clear()
-        sent = self._transport.sent_bytes if self._transport else 0
         clock = self._clock
         return {
             **self._counts,
-            "wire_bytes": sent - self._sent_before,
+            "wire_bytes": self._sent() - self._sent_before,
+            **({"intra_bytes": self._levels.inside.sent_bytes - self._inside_before} if self._levels else {}),
             "encode_s": clock.encode_s,
             "exchange_s": clock.exchange_s,
             "decode_s": clock.decode_s,
@@ -147,7 +151,8 @@ class Averaging:
         """Start counting from zero."""
         self._counts = dict.fromkeys(("steps", "raw_bytes", "exact_bytes", "coded_numel", "exact_numel"), 0)
         self._clock = Clock()
-        self._sent_before = self._transport.sent_bytes if self._transport else 0
+        self._sent_before = self._sent()
+        self._inside_before = self._levels.inside.sent_bytes if self._levels else 0
 
     def disable(self) -> None:
         """From the next step on, average everything exactly. Call on every rank."""
@@ -212,6 +217,10 @@ class Averaging:
         self._connection, self._transport = connection, connection.transport
         self._sent_before = 0
 
+    def _sent(self) -> int:
+        """Bytes that this rank has sent on all its transports."""
+        return sum(each.sent_bytes for each in (self._transport, *(self._levels or ())) if each)
+
     def _begin_step(self, step: int | None = None) -> None:
         """The first bucket of a backward pass comes; one that is aborted later shifts nothing."""
         for each in self._watches:
@@ -232,7 +241,8 @@ class Averaging:
         if buffer.layout != torch.strided:
             raise TypeError(f"gradients must be dense or sparse_coo, got a bucket of layout {buffer.layout}")
         coded, exact = self._layout(buffer, parameters)
-        if not self._enabled or self._step < self.warmup_steps or transport.world_size == 1:
+        coding = transport if self._levels is None else self._levels.between
+        if not self._enabled or self._step < self.warmup_steps or coding.world_size == 1:
             coded, exact = Segments(()), Segments([buffer.numel()])
 
         def work() -> torch.Tensor:
@@ -250,20 +260,16 @@ class Averaging:
         with self._clock("encode", key, "watch clipping"):
             complaint = self._watch_clipping(flat, coded, key.step)
         codec = self.codec if len(coded) else None
-        all_reduce_mean(
-            flat,
-            coded,
-            codec,
-            transport,
-            key=key,
-            exchange=self.exchange,
-            exact=exact,
-            clock=self._clock,
-            later=self._later if flat.is_cuda else None,
-        )
+        later = self._later if flat.is_cuda else None
+        options: Any = {"key": key, "exchange": self.exchange, "exact": exact, "clock": self._clock, "later": later}
+        if self._levels is None:
+            all_reduce_mean(flat, coded, codec, transport, **options)
+            floats = exact_traffic(exact, flat.element_size(), transport.world_size)
+        else:
+            floats = all_reduce_mean_between(flat, coded, codec, *self._levels, **options)
         counts = self._counts
         counts["raw_bytes"] += flat.numel() * flat.element_size()
-        counts["exact_bytes"] += exact_traffic(exact, flat.element_size(), transport.world_size)
+        counts["exact_bytes"] += floats
         counts["coded_numel"] += coded.numel
         counts["exact_numel"] += exact.numel
         if complaint is not None:

@@ -34,10 +34,31 @@ class Connection:
     them; nothing but the hook holds it.
     """
 
-    def __init__(self, transport: Metered, group: ProcessGroupTransport, board: "Board") -> None:
+    def __init__(
+        self,
+        transport: Metered,
+        group: ProcessGroupTransport,
+        board: "Board",
+        open_among: Callable[[str, list[int]], ProcessGroupTransport],
+    ) -> None:
         self.transport = transport
-        self._group = group
+        self._groups = [group]
         self._board = board
+        self._open_among = open_among
+
+    def among(self, name: str, ranks: list[int]) -> Metered:
+        """A transport among some ranks, of which this is one; collective among them. It fails with this connection.
+
+        Raises:
+            RankFailed: they do not come together.
+        """
+        try:
+            transport = self._open_among(name, ranks)
+        except RuntimeError as error:
+            lost = RankFailed(f"could not connect to ranks {ranks}: {error}")
+            raise self.fail(lost, f"connecting {name}") from error
+        self._groups.append(transport)
+        return Metered(transport)
 
     def fail(self, error: Exception, where: str) -> Exception:
         """Tell the other ranks of an error, let go of the group, and return the error with what they have told.
@@ -47,7 +68,8 @@ class Connection:
 
         def let_go() -> None:  # other ranks in an exchange with this one need not wait for the timeout
             _release(error)
-            self._group.close()
+            for group in self._groups:
+                group.close()
 
         return self._board.last_words(error, where, let_go)
 
@@ -194,17 +216,27 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
             within(1.0, lambda: (store.delete_key(f"here/{rank}"), whole.add(counter, -1)))
         raise
     try:
-        own = _backend_like(theirs, store, rank, world_size, limit) or _registered(group)
+        own = _backend_like(theirs, store, rank, world_size, limit) or _registered(ranks)
     except RuntimeError as error:
         lost = RankFailed(f"could not connect to the other ranks: {error}")
         raise board.last_words(lost, "connecting", lambda: None) from error
     transport = ProcessGroupTransport(own)
     del own
-    connection = Connection(Metered(transport), transport, board)
-    try:
-        agree_on(configuration, connection.transport, device=device)
+
+    def adapted(transport: ProcessGroupTransport) -> ProcessGroupTransport:
         if theirs.name() == "gloo":
             transport.adapt()
+        return transport
+
+    def among(name: str, some: list[int]) -> ProcessGroupTransport:
+        apart = PrefixStore(f"{name}/{some[0]}", store)
+        part = _backend_like(theirs, apart, some.index(rank), len(some), limit) or _registered([ranks[r] for r in some])
+        return adapted(ProcessGroupTransport(part))
+
+    connection = Connection(Metered(transport), transport, board, among)
+    try:
+        agree_on(configuration, connection.transport, device=device)
+        adapted(transport)
     except RankFailed as error:
         raise connection.fail(error, "comparing configurations") from error
     return connection
@@ -256,9 +288,9 @@ def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: 
     return None
 
 
-def _registered(group: dist.ProcessGroup) -> Any:
+def _registered(ranks: list[int]) -> Any:
     # Synchronized among these ranks only: a sub-group must not need the rest of the world.
-    return dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def _timeout(backend: Any) -> timedelta:

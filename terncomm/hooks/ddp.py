@@ -14,6 +14,7 @@ from terncomm.hooks.agreement import ConfigurationsDiffer
 from terncomm.hooks.connection import connect
 from terncomm.hooks.fsdp import register_fsdp
 from terncomm.hooks.fsdp1 import fsdp1_units, register_fsdp1
+from terncomm.hooks.nodes import levels_between, node_of
 from terncomm.hooks.sharded import ShardState
 from terncomm.hooks.state import CommState
 from terncomm.layers import GROUPS
@@ -48,6 +49,7 @@ def register(
     exchange: str = "auto",
     seed: int = 0,
     exempt: Collection[str] = GROUPS,
+    intra_group: dist.ProcessGroup | None = None,
     replicas: dist.ProcessGroup | None = None,
 ) -> CommState | ShardState:
     """Compress the gradient communication of a model. Collective: every rank calls it, with the same arguments.
@@ -56,6 +58,8 @@ def register(
         model: a `DistributedDataParallel`, or a wrapper that holds one (torch.compile); or a model of `fully_shard`
             (FSDP2) or `FullyShardedDataParallel` (FSDP1), whose reduce-scatter then sends codes.
         codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
+        intra_group: for DDP: the ranks of this node, equally many on all nodes. Gradients are then averaged as floats
+            inside nodes and coded between nodes alone, where each rank sends its part of what one rank would send.
         replicas: for `fully_shard` over a one-dimensional mesh: the group of the ranks that hold the same shard, in
             place of FSDP2's own hybrid sharding. Gradients are then reduced plainly inside the mesh, and coded between
             replicas.
@@ -77,11 +81,14 @@ def register(
         "seed": seed,
         "exempt": exempt,
     }
-    if _is_fully_sharded(model):
+    sharded, units = _is_fully_sharded(model), fsdp1_units(model)
+    if intra_group is not None and (sharded or units):
+        raise TypeError("intra_group= is for DistributedDataParallel; models of fully_shard have replicas=")
+    if sharded:
         return register_fsdp(model, codec, options, replicas)
     if replicas is not None:
-        raise TypeError("replicas= is for models of fully_shard (FSDP2)")
-    if units := fsdp1_units(model):
+        raise TypeError("replicas= is for models of fully_shard (FSDP2); DistributedDataParallel has intra_group=")
+    if units:
         return register_fsdp1(model, units, codec, options)
     ddp = _unwrap(model)
     if ddp._comm_hooks:
@@ -95,7 +102,9 @@ def register(
     state: CommState | None = None
     refusal: Exception | None = None
     configuration: dict[str, Any]
+    node: list[int] = []
     try:
+        node = [] if intra_group is None else node_of(ddp.process_group, intra_group)
         state = CommState(
             codec,
             **options,
@@ -104,11 +113,13 @@ def register(
         )
         state._layers.adopt(ddp.module)
         configuration = {**state._configuration(), "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3)}
+        configuration["ranks in intra_group"] = len(node)
     except (TypeError, ValueError) as error:
         refusal = error
         configuration = {"refused": str(refusal)}
+    device = next(ddp.parameters()).device
     try:
-        connection = connect(ddp.process_group, next(ddp.parameters()).device, configuration)
+        connection = connect(ddp.process_group, device, configuration)
     except ConfigurationsDiffer:
         if refusal is None:
             raise
@@ -116,6 +127,8 @@ def register(
         assert refusal is not None
         raise refusal
     state._connect(connection)
+    if node:
+        state._levels = levels_between(connection, node, device)
     ddp.register_comm_hook(state, comm_hook)
     if connection.transport.rank == 0:
         _log.info("%s", state._summary())

@@ -1,0 +1,47 @@
+"""Which ranks share a node: what `intra_group` says, checked over all ranks."""
+
+import torch
+import torch.distributed as dist
+
+from terncomm.hooks.connection import Connection
+from terncomm.levels import Levels
+
+
+def node_of(group: dist.ProcessGroup, intra_group: dist.ProcessGroup) -> list[int]:
+    """The ranks of this node, by their numbers in `group`, ascending.
+
+    Raises:
+        TypeError: `intra_group` is no process group of this rank.
+        ValueError: it has ranks that `group` has not.
+    """
+    if not isinstance(intra_group, dist.ProcessGroup):
+        raise TypeError(
+            f"intra_group: wanted the process group of this node's ranks, got {intra_group!r}; "
+            "torch.distributed.new_subgroups(ranks_per_node)[0] makes one"
+        )
+    everyone, here = dist.get_process_group_ranks(group), dist.get_process_group_ranks(intra_group)
+    if strange := sorted(set(here) - set(everyone)):
+        raise ValueError(f"intra_group: rank {strange[0]} is not in the model's process group")
+    return sorted(map(everyone.index, here))
+
+
+def levels_between(connection: Connection, node: list[int], device: torch.device) -> Levels:
+    """Transports inside and between nodes. Collective over all ranks, each with its `node`, of equal length.
+
+    Raises:
+        ValueError: on every rank: nodes that are not the same to all their ranks.
+        RankFailed: a rank is lost meanwhile.
+    """
+    mine = torch.tensor(node, dtype=torch.int64, device=device)
+    nodes = connection.transport.all_gather(mine.view(torch.uint8)).cpu().view(torch.int64).tolist()
+    rank = connection.transport.rank
+    if any(
+        member not in nodes[member] or nodes[other] != nodes[member]
+        for member in range(len(nodes))
+        for other in nodes[member]
+    ):
+        told = "; ".join(f"{ranks} on rank {rank}" for rank, ranks in enumerate(nodes))
+        raise ValueError(f"intra_group: every rank must give the group of its own node's ranks, got {told}")
+    place = node.index(rank)
+    counterparts = [ranks[place] for first, ranks in enumerate(nodes) if ranks[0] == first]
+    return Levels(connection.among("inside", node), connection.among("between", counterparts))
