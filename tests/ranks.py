@@ -7,6 +7,7 @@ Ranks serve worlds of several sizes in turn (their group is destroyed and made a
 
 import faulthandler
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -220,3 +221,20 @@ def _answer(task: bytes) -> bytes:
             return pickle.dumps((True, function(*args)))
     except BaseException:
         return pickle.dumps((False, traceback.format_exc()))
+
+
+def quietly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions on ranks that compile: without what the compiler says of itself, and forgotten afterwards."""
+    import torch
+
+    def run(*args: Any) -> Any:
+        logging.getLogger("torch").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return function(*args)
+            finally:
+                torch._dynamo.reset()
+                logging.getLogger("torch").setLevel(logging.WARNING)
+
+    return run

@@ -5,13 +5,15 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import quietly
+from test_fsdp import Block, backward, network, sharded
+from test_fsdp import whole as gathered_by_fsdp2
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
-from tests.test_fsdp import Block, backward, network
 
 CODED = ("one.up.weight", "one.down.weight", "two.up.weight", "two.down.weight")
 
@@ -140,6 +142,36 @@ def partly_frozen():
 
 def test_frozen_parameters_are_not_sent(on_ranks):
     on_ranks(2, partly_frozen)
+
+
+def compiled(kind, register_first):
+    quietly(_compiled)(kind, register_first)
+
+
+def _compiled(kind, register_first):
+    """torch.compile around a sharded model of either generation: gradients are those without it."""
+    alone, model = [flat(use_orig_params=True) if kind == "FSDP1" else sharded() for _ in range(2)]
+    terncomm.register(alone, "int8")
+    if register_first:
+        state = terncomm.register(model, "int8")
+        fast = torch.compile(model, backend="aot_eager")
+    else:
+        fast = torch.compile(model, backend="aot_eager")
+        state = terncomm.register(fast, "int8")
+    for step in range(2):
+        backward(alone, step)
+        backward(fast, step)
+    assert state.stats()["coded_numel"] == 2 * 4 * 67 * 53
+    gathered = whole if kind == "FSDP1" else gathered_by_fsdp2
+    wanted = gathered(alone)
+    for name, gradient in gathered(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("register_first", [True, False])
+@pytest.mark.parametrize("kind", ["FSDP1", "FSDP2"])
+def test_compiled_models(on_ranks, kind, register_first):
+    on_ranks(2, compiled, kind, register_first)
 
 
 def resumed():

@@ -4,9 +4,7 @@ Functions up to the tests run on ranks, in processes joined by gloo.
 """
 
 import copy
-import logging
 import shutil
-import warnings
 from unittest import mock
 
 import oracle
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import CODECS, MANY, SEED, Twins, batch, check, loss_of, made, same
+from ranks import quietly
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.parallel import DistributedDataParallel
@@ -134,22 +133,6 @@ def test_ranks_that_are_in_unequally_many_groups(on_ranks):
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
-
-
-def quietly(function):
-    """Run `function` without what the compiler says of itself, and forget afterwards what was compiled."""
-
-    def run(*args):
-        logging.getLogger("torch").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                return function(*args)
-            finally:
-                torch._dynamo.reset()
-                logging.getLogger("torch").setLevel(logging.WARNING)
-
-    return run
 
 
 def compiled(codec, how, backend):
