@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Averaging:
         "_later",
         "_layouts",
         "_watches",
+        "_failed",
     )  # what belongs to this process alone
 
     def __init__(
@@ -96,6 +98,7 @@ class Averaging:
         self._later: list[Unchecked] = []  # headers on their way from the device
         self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
         self._watches: list[Callable[[], None]] = []  # called before each step
+        self._failed: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy or pickle of a model."""
@@ -250,6 +253,20 @@ class Averaging:
             return buffer
 
         return work
+
+    @contextmanager
+    def _failing_together(self, where: Callable[[], str]) -> Iterator[None]:
+        """For reductions on the caller's own thread: the other ranks are told of an error, and it stays."""
+        if self._failed is not None:
+            raise RuntimeError(f"an earlier gradient reduction failed: {self._failed}") from self._failed
+        try:
+            yield
+        except Exception as error:
+            self._failed = error
+            if self._connection is None:
+                raise
+            failure = self._connection.fail(error, f"{where()}, {self._clock.phase}")
+            raise failure from (None if failure is error else error)
 
     def _check_arrived(self) -> None:
         """Raise if ranks turned out to differ in an earlier bucket whose headers have reached the host by now."""

@@ -51,7 +51,7 @@ class GradientAverager(Averaging):
     [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]]
     """
 
-    _OWN = (*Averaging._OWN, "_scratch", "_failed")
+    _OWN = (*Averaging._OWN, "_scratch")
 
     def __init__(
         self,
@@ -96,7 +96,6 @@ class GradientAverager(Averaging):
     def _detach(self) -> None:
         super()._detach()
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-        self._failed: Exception | None = None
 
     def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
         """Meet the other ranks, and see that they are configured alike."""
@@ -138,12 +137,10 @@ class GradientAverager(Averaging):
     @torch.no_grad()
     def _reduce(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Gradients in the order of the parameters -> their means: the same tensors, but for sparse ones."""
-        if self._failed is not None:
-            raise RuntimeError(f"an earlier gradient reduction failed: {self._failed}") from self._failed
         assert self._transport is not None, "a copy of an averager has no transport; make a new one"
-        self._begin_step()
         index = 0
-        try:
+        with self._failing_together(lambda: f"bucket {index} of step {self._step}"):
+            self._begin_step()
             for index, places in enumerate(self._buckets(gradients)):
                 parameters = [self._parameters[place] for place in places]
                 mine = [gradients[place] for place in places]
@@ -151,13 +148,6 @@ class GradientAverager(Averaging):
                     self._reduce_bucket(index, parameters, mine)
                 else:
                     gradients[places[0]] = self._work(mine[0], parameters, index, self._transport)()
-        except Exception as error:
-            self._failed = error
-            if self._connection is None:
-                raise
-            where = f"bucket {index} of step {self._step}, {self._clock.phase}"
-            failure = self._connection.fail(error, where)
-            raise failure from (None if failure is error else error)
         return gradients
 
     @torch.no_grad()

@@ -17,11 +17,10 @@ class ShardState(Averaging):
     Options are those of :class:`terncomm.CommState`. A step is a reduction of each FSDP module's parameters.
     """
 
-    _OWN = (*Averaging._OWN, "_failed", "_units")
+    _OWN = (*Averaging._OWN, "_units")
 
     def _detach(self) -> None:
         super()._detach()
-        self._failed: Exception | None = None
         self._units: list[Unit] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -37,18 +36,6 @@ class ShardState(Averaging):
 
     def _codes_now(self, step: int) -> bool:
         return self._enabled_next and step >= self.warmup_steps
-
-    def _guarded(self, where: str, work: Any) -> None:
-        """Run `work` and tell the other ranks if it fails."""
-        if self._failed is not None:
-            raise RuntimeError(f"an earlier gradient reduction failed: {self._failed}") from self._failed
-        assert self._connection is not None
-        try:
-            work()
-        except Exception as error:
-            self._failed = error
-            failure = self._connection.fail(error, f"{where}, {self._clock.phase}")
-            raise failure from (None if failure is error else error)
 
 
 class Unit(ABC):
@@ -80,8 +67,7 @@ class Unit(ABC):
         """Leave the sum of this rank's row of `flat`, divided by `divisor` (by W if there is none), in `out`."""
         state = self.state
         key, where, transport = self.begin()
-
-        def work() -> None:
+        with state._failing_together(lambda: where):
             state._check_arrived()
             coded, plain = self.shards(transport.world_size, flat.numel())
             shards = coded if state._codes_now(key.step) else plain
@@ -107,19 +93,14 @@ class Unit(ABC):
             if complaint is not None:
                 advise(complaint, transport)
 
-        state._guarded(where, work)
-
     def all_reduce(self, row: torch.Tensor, rank: int, ranks: int) -> None:
         """Leave the mean over ranks of a row, that of shard `rank` of `ranks`, in its place."""
         state = self.state
         key, where, transport = self.begin()
-
-        def work() -> None:
+        with state._failing_together(lambda: where):
             state._check_arrived()
             if row.is_cuda:  # made on FSDP's stream for reduce-scatter, used on that for all-reduce
                 row.record_stream(torch.cuda.current_stream(row.device))
             coded, plain = self.shards(ranks, row.numel() * ranks)
             shards = coded if state._codes_now(key.step) and transport.world_size > 1 else plain
             state._run(row, *shards.own(rank), key, transport)
-
-        state._guarded(where, work)
