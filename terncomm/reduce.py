@@ -32,6 +32,7 @@ from terncomm.transports.base import Transport
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HEADER = struct.Struct("<qqqqqII")  # the fields of Header
 _PROLOGUE_NBYTES = 256
+_JOINING = -(1 << 62)  # in place of a step
 _INLINE = (_PROLOGUE_NBYTES - _HEADER.size) // 4  # scales that fit beside the header
 _NONE = Segments(())
 _ALONG = 1 << 17  # elements that travel exactly, and in the same messages as the codes
@@ -112,6 +113,25 @@ def _checksums(
     return zlib.crc32(f"{codec!r} {dtype} {exchange}".encode()), zlib.crc32(layers.encode())
 
 
+def _prologue(header: Header, device: torch.device) -> torch.Tensor:
+    message = torch.zeros(_PROLOGUE_NBYTES, dtype=torch.uint8)
+    message[: _HEADER.size] = torch.frombuffer(bytearray(_HEADER.pack(*header)), dtype=torch.uint8)
+    return message.to(device)
+
+
+def joined(number: int, transport: Transport, device: torch.device) -> list[int]:
+    """A number from every rank that joins: like the first message of a bucket, so that a rank which reduces is told.
+
+    Raises:
+        RanksDiffer: some ranks reduce gradients meanwhile. They raise it too, in :func:`share`.
+    """
+    received = transport.all_gather(_prologue(Header(0, _JOINING, 0, number, 0, 0, 0), device)).cpu()
+    headers = [Header(*_HEADER.unpack(bytes(row[: _HEADER.size].tolist()))) for row in received]
+    if any(header.step != _JOINING for header in headers):
+        raise RanksDiffer(_difference(headers, transport.rank))
+    return [header.elements for header in headers]
+
+
 def share(
     local: torch.Tensor, header: Header, transport: Transport, later: list[Unchecked] | None = None
 ) -> torch.Tensor:
@@ -126,9 +146,7 @@ def share(
     Raises:
         RanksDiffer: a rank sent another header. Every rank raises, naming both sides.
     """
-    message = torch.zeros(_PROLOGUE_NBYTES, dtype=torch.uint8)
-    message[: _HEADER.size] = torch.frombuffer(bytearray(_HEADER.pack(*header)), dtype=torch.uint8)
-    message = message.to(local.device)
+    message = _prologue(header, local.device)
     inline = slice(_HEADER.size, _HEADER.size + 4 * len(local) if len(local) <= _INLINE else _HEADER.size)
     message[inline] = local.view(torch.uint8)[: inline.stop - inline.start]
     received = transport.all_gather(message)
@@ -162,6 +180,13 @@ _DIFFERENCES = {
 
 def _difference(headers: list[Header], rank: int) -> str:
     mine = headers[rank]
+    joining = [header.step == _JOINING for header in headers]
+    if any(joining) and not all(joining):
+        sides = (", ".join(str(r) for r, joins in enumerate(joining) if joins == side) for side in (True, False))
+        return (
+            "ranks are not in step. Rank {} begins with new parameters, types or options, and rank {} reduces "
+            "gradients as before: every rank must give the same in every call."
+        ).format(*sides)
     other = next(r for r, header in enumerate(headers) if header != mine)
     told = [
         _DIFFERENCES.get(name, name.replace("_", " ") + " {0} here, {1} there").format(here, there)

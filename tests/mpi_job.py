@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from laws import octets, rows_in_rank_order
+from test_loop import reduce_otherwise
 from torch import nn
 
 import terncomm
@@ -106,6 +107,7 @@ def main():
     result = {
         "conformance": conformance,
         "digest": digest,
+        "otherwise": reduce_otherwise,
         "raises": raises,
         "killed": killed,
         "silent": silent,

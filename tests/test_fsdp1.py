@@ -144,6 +144,48 @@ def test_frozen_parameters_are_not_sent(on_ranks):
     on_ranks(2, partly_frozen)
 
 
+def thawed(whole_unit):
+    """What is frozen later is left out; what was frozen at the start cannot be thawed without being told."""
+    model = flat(use_orig_params=True)
+    state = terncomm.register(model, "int8")
+    backward(model, 0)
+    model.one.requires_grad_(False)
+    before = state.stats()["coded_numel"]
+    backward(model, 1)
+    assert state.stats()["coded_numel"] - before == 2 * 67 * 53
+    base = network()
+    (base.one if whole_unit else base.one.up).requires_grad_(False)
+    late = flat(model=base, use_orig_params=True)
+    terncomm.register(late, "int8")
+    backward(late, 0)
+    late.one.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"required no gradient when terncomm\.register was called"):
+        backward(late, 1)
+
+
+@pytest.mark.parametrize("whole_unit", [True, False])
+def test_parameters_that_are_thawed(on_ranks, whole_unit):
+    on_ranks(2, thawed, whole_unit)
+
+
+def around_parts():
+    """Only the blocks are sharded: the head is still known for what it is, and coded layers are DDP's."""
+    model, plain = network(), DistributedDataParallel(network())
+    for name in ("one", "two"):
+        setattr(model, name, flat(model=nn.Sequential(getattr(model, name)), use_orig_params=True))
+    terncomm.register(plain, "int8", seed=3)
+    state = terncomm.register(model, "int8", seed=3)
+    backward(plain, 0)
+    backward(model, 0)
+    assert state.stats()["coded_numel"] == 4 * 67 * 53
+    found = {n: g for block in (model.one, model.two) for n, g in whole(block).items()}
+    assert found
+
+
+def test_a_model_of_which_parts_are_sharded(on_ranks):
+    on_ranks(2, around_parts)
+
+
 def compiled(kind, register_first):
     quietly(_compiled)(kind, register_first)
 

@@ -181,7 +181,11 @@ def test_a_checkpoint_goes_on_with_the_same_noise():
         (lambda rank: {"codec": ("int8", "terngrad")[rank]}, "codec: Int8.* on rank 0; Ternary.* on rank 1"),
         (
             lambda rank: {"params": [nn.Parameter(torch.zeros(4 + rank, 2))]},
-            "parameters: 1 tensors of 8 elements .* on rank 0; 1 tensors of 10 elements",
+            "parameters: 1 tensors of 8 elements, .* on rank 0; 1 tensors of 10 elements",
+        ),
+        (
+            lambda rank: {"params": {"ab"[(place + rank) % 2]: nn.Parameter(torch.zeros(3)) for place in range(2)}},
+            "parameters: 2 tensors of 6 elements, a first .* on rank 0; 2 tensors of 6 elements, b first .* on rank 1",
         ),
         (lambda rank: {"seed": rank}, "seed: 0 on rank 0; 1 on rank 1"),
         (lambda rank: {"bucket_cap_mb": 1 + rank}, "bucket_cap_mb: 1.0 on rank 0; 2.0 on rank 1"),
@@ -203,6 +207,62 @@ def test_a_rank_a_step_ahead_is_told():
 
     with pytest.raises(RanksDiffer, match=r"step 5 here, 6 there|step 6 here, 5 there"):
         LocalTransport.run(2, work)
+
+
+def reduce_otherwise(transport):
+    """A second call that differs on rank 1: each rank's error."""
+    mine = np.zeros((40, 40), np.float32)
+    terncomm.reduce_gradients([mine], "int8", transport)
+    with pytest.raises((RanksDiffer, RankFailed)) as caught:
+        terncomm.reduce_gradients([mine], "int8" if transport.rank == 0 else "terngrad", transport)
+    return str(caught.value)
+
+
+def test_a_rank_that_calls_otherwise_later_is_told():
+    for told in LocalTransport.run(2, reduce_otherwise):
+        assert told == (
+            "ranks are not in step. Rank 1 begins with new parameters, types or options, and rank 0 reduces "
+            "gradients as before: every rank must give the same in every call."
+        )
+
+
+def otherwise_over_gloo():
+    return reduce_otherwise(ProcessGroupTransport(dist.new_group()))
+
+
+def test_a_rank_that_calls_otherwise_later_is_told_over_gloo(on_ranks):
+    for told in on_ranks(2, otherwise_over_gloo):
+        assert "Rank 1 begins with new parameters, types or options" in told
+
+
+def test_steps_are_counted_on_when_parameters_are_thawed():
+    def work(transport):
+        a, b = (nn.Parameter(torch.zeros(40, 40)) for _ in range(2))
+        b.requires_grad_(False)
+        found = []
+        for step in range(4):
+            b.requires_grad_(step > 1)
+            for each in (a, b):
+                each.grad = torch.full((40, 40), 1.0 + transport.rank) * torch.linspace(0, 1, 40)
+            terncomm.reduce_gradients({"a": a, "b": b}, "terngrad", transport, warmup_steps=1)
+            found.append(a.grad)
+        again = nn.Parameter(torch.zeros(40, 40))
+        averager = terncomm.GradientAverager({"a": again}, "terngrad", transport, warmup_steps=1)
+        for mean in found:
+            again.grad = torch.full((40, 40), 1.0 + transport.rank) * torch.linspace(0, 1, 40)
+            averager.reduce()
+            assert torch.equal(again.grad, mean)
+
+    LocalTransport.run(2, work)
+
+
+def test_empty_arrays():
+    def work(transport):
+        arrays = [np.zeros((0, 4), np.float32), np.full((2, 2), float(transport.rank), np.float32)]
+        terncomm.reduce_gradients(arrays, "int8", transport)
+        return arrays[1].tolist()
+
+    assert LocalTransport.run(2, work) == [[[0.5, 0.5], [0.5, 0.5]]] * 2
 
 
 def test_what_failed_stays_failed():
@@ -227,6 +287,7 @@ def test_what_failed_stays_failed():
         ([np.zeros(3, np.int32)], TypeError, "gradients must be floats, parameter 0 is torch.int32"),
         ([torch.zeros(3, requires_grad=True)], TypeError, "parameter 0 requires a gradient and is no nn.Parameter"),
         ([nn.Parameter(torch.zeros(3)), torch.zeros(3)], TypeError, "got both: parameter 1 is no parameter"),
+        ({"w": np.zeros(4, np.float32)[::-1]}, ValueError, "w cannot be reduced in place: .*negative"),
         ({"w": np.broadcast_to(np.float32(1), (4,))}, ValueError, "w is read-only"),
         ([nn.Parameter(torch.zeros(3), requires_grad=False)], ValueError, "no parameter requires a gradient"),
     ],

@@ -60,6 +60,11 @@ def test_the_same_bits_as_over_threads(ranks, codec, tmp_path):
     assert results(ranks, tmp_path, "digest", codec) == wanted
 
 
+def test_a_rank_that_calls_otherwise_later_is_told(tmp_path):
+    for told in results(2, tmp_path, "otherwise"):
+        assert "Rank 1 begins with new parameters, types or options, and rank 0 reduces gradients as before" in told
+
+
 @pytest.mark.parametrize(("how", "said"), [("raises", "KeyError: 'rank 1 broke'"), ("killed", "")])
 def test_a_rank_that_ends_ends_the_job(how, said, tmp_path):
     began = time.monotonic()

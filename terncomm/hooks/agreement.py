@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from terncomm.reduce import joined
 from terncomm.transports.base import Transport
 
 
@@ -19,10 +20,10 @@ def agree_on(configuration: dict[str, Any], transport: Transport, *, device: tor
 
     Raises:
         ConfigurationsDiffer: on every rank.
+        RanksDiffer: some ranks reduce gradients meanwhile.
     """
     mine = json.dumps(configuration, sort_keys=True).encode()
-    length = torch.tensor([len(mine)], dtype=torch.int64).view(torch.uint8).to(device)
-    lengths = transport.all_gather(length).cpu().view(torch.int64).flatten().tolist()
+    lengths = joined(len(mine), transport, device)
     message = torch.zeros(max(lengths), dtype=torch.uint8)
     message[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
     received = transport.all_gather(message.to(device)).cpu()

@@ -13,52 +13,36 @@ from terncomm.hooks.connection import connect
 from terncomm.hooks.sharded import ShardState, Unit
 from terncomm.scatter import Shards
 
-_MISSING = (
-    "FSDP reduces {} elements of {}, whose parameters make {}: one of them got no gradient, and which cannot be told. "
-    "Every parameter of a fully_shard module that requires a gradient must take part in each backward pass"
-)
-
 
 class _Group(Unit):
     """What `fully_shard` reduces together. Parameters are known by FSDP's own objects: the tensors may be replaced."""
 
     def __init__(self, state: ShardState, index: int, name: str, params: Sequence[Any]) -> None:
-        super().__init__(state, index, name)
         self.params = list(params)
         layers = state._layers
         # Parameters that are sharded along another dimension lie in the buffer in another order than they have.
-        self._known = {
+        known = {
             place: (layers.numbers[p.sharded_param], p.fsdp_placement.dim == 0 and layers.codes(p.sharded_param))
             for place, p in enumerate(self.params)
             if p.sharded_param in layers.numbers
         }
-        self._made: dict[tuple[int, ...], tuple[Shards, Shards]] = {}
+        super().__init__(state, index, name, known)
 
-    def shards(self, world_size: int, numel: int) -> tuple[Shards, Shards]:
-        """The layout of the parameters that require a gradient now, and the same with nothing coded."""
-        places = tuple(place for place, p in enumerate(self.params) if p.sharded_param.requires_grad)
-        if places not in self._made:
-            if not self._known.keys() >= set(places):
-                raise RuntimeError(
-                    f"a parameter of {self.name} required no gradient when terncomm.register was called, and does now: "
-                    "register first, freeze after that"
-                )
-            shapes = [(self.params[place]._orig_size, self.params[place].fsdp_placement.dim) for place in places]
-            sizes = [shape.numel() for shape, _ in shapes]
-            chunks = [
-                -(-shape[0] // world_size) * shape[1:].numel()
-                if shape and dim == 0
-                else -(-shape.numel() // world_size)
-                for shape, dim in shapes
-            ]
-            numbers, coded = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
-            self._made[places] = tuple(  # type: ignore[assignment]
-                Shards.by_chunks(sizes, chunks, numbers, which, world_size) for which in (coded, [False] * len(sizes))
-            )
-        made = self._made[places]
-        if numel != world_size * made[0].row:
-            raise RuntimeError(_MISSING.format(numel, self.name, world_size * made[0].row))
-        return made
+    def needed(self) -> tuple[int, ...]:
+        """See :class:`Unit`."""
+        return tuple(place for place, p in enumerate(self.params) if p.sharded_param.requires_grad)
+
+    def lay(
+        self, places: Sequence[int], numbers: Sequence[int], coded: Sequence[bool], world_size: int, numel: int
+    ) -> Shards:
+        """See :class:`Unit`."""
+        shapes = [(self.params[place]._orig_size, self.params[place].fsdp_placement.dim) for place in places]
+        sizes = [shape.numel() for shape, _ in shapes]
+        chunks = [
+            -(-shape[0] // world_size) * shape[1:].numel() if shape and dim == 0 else -(-shape.numel() // world_size)
+            for shape, dim in shapes
+        ]
+        return Shards.by_chunks(sizes, chunks, numbers, coded, world_size)
 
 
 def _divisor(op: Any, world_size: int) -> float:

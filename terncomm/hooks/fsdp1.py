@@ -5,7 +5,7 @@ keeps the whole. FSDP1 leaves the division to the hook.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,29 +29,32 @@ def fsdp1_units(model: Any) -> list[tuple[str, Any]]:
 
 
 class _FlatUnit(Unit):
-    """A flat parameter; `held` are stand-ins for the parameters in it, None for padding between them."""
+    """A flat parameter; `held` are stand-ins for the parameters in it, in its order."""
 
-    def __init__(self, state: ShardState, index: int, name: str, flat: Any, held: list[nn.Parameter | None]) -> None:
-        super().__init__(state, index, name)
-        sizes = [int(size) for size in flat._numels_with_padding]
-        offsets = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    def __init__(self, state: ShardState, index: int, name: str, flat: Any, held: Sequence[nn.Parameter]) -> None:
         layers = state._layers
-        self._layout = [
-            (size, offset, layers.numbers[each], layers.codes(each))
-            for size, offset, each in zip(sizes, offsets[:-1], held, strict=True)
-            if each is not None and each.requires_grad
-        ]
-        self._made: dict[tuple[int, int], tuple[Shards, Shards]] = {}
+        known = {
+            place: (layers.numbers[each], layers.codes(each))
+            for place, each in enumerate(held)
+            if each in layers.numbers
+        }
+        super().__init__(state, index, name, known)
+        self._flat = flat
+        ends = torch.tensor(flat._numels_with_padding).cumsum(0).tolist()
+        spans = zip(ends, flat._numels_with_padding, flat._is_padding_mask, strict=True)
+        self._spans = [(int(size), end - int(size)) for end, size, padding in spans if not padding]
 
-    def shards(self, world_size: int, numel: int) -> tuple[Shards, Shards]:
-        """The layout of the flat parameter, and the same with nothing coded."""
-        if (world_size, numel) not in self._made:
-            sizes, offsets, numbers, coded = zip(*self._layout, strict=True) if self._layout else ((),) * 4
-            self._made[world_size, numel] = tuple(  # type: ignore[assignment]
-                Shards.in_a_row(sizes, offsets, numbers, which, numel // world_size, world_size)
-                for which in (coded, [False] * len(sizes))
-            )
-        return self._made[world_size, numel]
+    def needed(self) -> tuple[int, ...]:
+        """See :class:`Unit`."""
+        needing = self._flat._params or [self._flat] * len(self._spans)
+        return tuple(place for place, each in enumerate(needing) if each.requires_grad)
+
+    def lay(
+        self, places: Sequence[int], numbers: Sequence[int], coded: Sequence[bool], world_size: int, numel: int
+    ) -> Shards:
+        """See :class:`Unit`."""
+        sizes, offsets = zip(*(self._spans[place] for place in places), strict=True) if places else ((), ())
+        return Shards.in_a_row(sizes, offsets, numbers, coded, numel // world_size, world_size)
 
 
 def comm_hook(unit: _FlatUnit, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> None:
@@ -100,17 +103,18 @@ def register_fsdp1(
         root.register_comm_hook(None, comm_hook)
     for index, (name, unit) in enumerate(units):
         flat = unit._handle.flat_param
-        params = iter([stand_ins[info.module][1][info.param_name] for info in flat._param_infos])
-        held = [None if padding else next(params) for padding in flat._is_padding_mask]
+        held = [stand_ins[info.module][1][info.param_name] for info in flat._param_infos]
         unit._comm_hook_state = _FlatUnit(state, index, name, flat, held)
         state._units.append(unit._comm_hook_state)
     return state
 
 
 def _stand_ins(model: nn.Module, units: list[tuple[str, Any]]) -> dict[nn.Module, tuple[str, dict[str, nn.Parameter]]]:
-    """Each module's name and its parameters as they were before FSDP1 took them: shapes without memory."""
-    own: dict[nn.Module, tuple[str, dict[str, nn.Parameter]]] = {
-        module: (clean(name), {}) for name, module in model.named_modules()
+    """Each module's name, and its parameters as they were before FSDP1 took them: shapes without memory."""
+    flats = {unit._handle.flat_param for _, unit in units}
+    own = {
+        module: (clean(name), {n: p for n, p in module.named_parameters(recurse=False) if p not in flats})
+        for name, module in model.named_modules()
     }
     for _, unit in units:
         flat = unit._handle.flat_param

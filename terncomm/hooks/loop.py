@@ -99,9 +99,13 @@ class GradientAverager(Averaging):
 
     def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
         """Meet the other ranks, and see that they are configured alike."""
-        shapes = ", ".join(f"{tuple(p.shape)} {p.stride()} {p.dtype}" for p in self._parameters)
+        listed = [
+            f"{self._layers.name(number)} {tuple(p.shape)} {p.stride()} {p.dtype}"
+            for number, p in enumerate(self._parameters)
+        ]
         total = sum(parameter.numel() for parameter in self._parameters)
-        held = f"{len(self._parameters)} tensors of {total} elements (strides {zlib.crc32(shapes.encode()):08x})"
+        order = zlib.crc32("\n".join(listed).encode())
+        held = f"{len(listed)} tensors of {total} elements, {self._layers.name(0)} first (checksum of all: {order:08x})"
         configuration = {**self._configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
         home = self._parameters[0].device
         if transport is None or isinstance(transport, dist.ProcessGroup):
@@ -247,21 +251,19 @@ def reduce_gradients(
     what: list[Any] = [(name, tuple(each.shape), each.dtype) for name, each in tensors]
     known = vars(transport).setdefault(_CACHE, {})
     given_options = {n: sorted(o) if isinstance(o, (set, frozenset)) else o for n, o in options.items()}
-    key = repr(
-        (
-            what or [(id(p), isinstance(p, torch.Tensor) and p.requires_grad) for _, p in named],
-            codec,
-            sorted(given_options.items()),
-        )
-    )
-    if key not in known:
+    key = repr((what or [id(p) for _, p in named], codec, sorted(given_options.items())))
+    needed = [isinstance(p, torch.Tensor) and p.requires_grad for _, p in named]
+    before = known.get(key)
+    if before is None or before[1] != needed:
         described: Any = params
         if tensors:
             described = [(n, nn.Parameter(torch.empty(t.shape, dtype=t.dtype, device="meta"))) for n, t in tensors]
         elif not isinstance(params, nn.Module):
             described = named
-        known[key] = GradientAverager(described, codec, transport, **options)
-    averager: GradientAverager = known[key]
+        known[key] = GradientAverager(described, codec, transport, **options), needed
+        if before is not None:  # parameters were frozen or thawed; steps are counted on
+            known[key][0].load_state_dict(before[0].state_dict())
+    averager: GradientAverager = known[key][0]
     if step is not None:
         averager.load_state_dict({"step": step - 1, "seed": averager.seed})
     if not tensors:
@@ -298,14 +300,16 @@ def _writable(name: str, gradient: Gradient) -> torch.Tensor:
     if isinstance(gradient, np.ndarray):
         if not gradient.flags.writeable:
             raise ValueError(f"{name} is read-only: gradients are replaced in place")
-        gradient = torch.from_numpy(gradient)
+        try:
+            gradient = torch.from_numpy(gradient)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} cannot be reduced in place: {error}") from None
     if not (gradient.is_floating_point() or gradient.is_complex()):
         raise TypeError(f"gradients must be floats, {name} is {gradient.dtype}")
     if gradient.requires_grad:
         raise TypeError(f"{name} requires a gradient and is no nn.Parameter: give its .grad")
-    if gradient.layout == torch.strided and any(
-        s == 0 < n - 1 for s, n in zip(gradient.stride(), gradient.shape, strict=True)
-    ):
+    strided = gradient.layout == torch.strided and gradient.numel() > 0
+    if strided and any(s == 0 < n - 1 for s, n in zip(gradient.stride(), gradient.shape, strict=True)):
         raise ValueError(f"{name} is expanded, several of its elements are one: gradients are replaced in place")
     return gradient
 

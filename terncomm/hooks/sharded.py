@@ -1,6 +1,7 @@
 """What both generations of FSDP share: the state, and a unit, the parameters that are reduced together."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,21 +40,58 @@ class ShardState(Averaging):
 
 
 class Unit(ABC):
-    """Parameters that FSDP reduces together, as number `index` of the model."""
+    """Parameters that FSDP reduces together, as number `index` of the model.
 
-    def __init__(self, state: ShardState, index: int, name: str) -> None:
+    known: of those that required a gradient when terncomm was registered, by place: number, and whether they are coded.
+    """
+
+    def __init__(self, state: ShardState, index: int, name: str, known: dict[int, tuple[int, bool]]) -> None:
         self.state = state
         self.index = index
         self.name = name
         self.step = state._step
+        self._known = known
+        self._made: dict[tuple[tuple[int, ...], int, int], tuple[Shards, Shards]] = {}
 
     @abstractmethod
+    def needed(self) -> tuple[int, ...]:
+        """The places of the parameters that require a gradient now."""
+
+    @abstractmethod
+    def lay(
+        self, places: Sequence[int], numbers: Sequence[int], coded: Sequence[bool], world_size: int, numel: int
+    ) -> Shards:
+        """The layout of these parameters in a buffer, which should have `numel` elements."""
+
     def shards(self, world_size: int, numel: int) -> tuple[Shards, Shards]:
         """The layout of a buffer of `numel` elements, and the same with nothing coded.
 
+        Where the parameters do not make as many, some got no gradient, and which cannot be told: nothing is coded.
+
         Raises:
-            RuntimeError: the parameters do not make as many.
+            RuntimeError: a parameter is new to terncomm.
         """
+        key = places, _, _ = self.needed(), world_size, numel
+        if key not in self._made:
+            if not self._known.keys() >= set(places):
+                raise RuntimeError(
+                    f"a parameter of {self.name} required no gradient when terncomm.register was called, and does now: "
+                    "register first, freeze after that"
+                )
+            numbers, coded = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
+            made, plain = (
+                self.lay(places, numbers, which, world_size, numel) for which in (coded, [False] * len(places))
+            )
+            if made.row * world_size != numel:
+                text = (
+                    f"FSDP reduces {numel} elements of {self.name}, whose parameters make {made.row * world_size}: "
+                    "some of them got no gradient, and which cannot be told. All of this module's travel exactly then"
+                )
+                assert self.state._transport is not None
+                advise(text, self.state._transport)
+                made = plain = Shards((), [[(0, numel // world_size)]] * world_size, numel // world_size)
+            self._made[key] = made, plain
+        return self._made[key]
 
     def begin(self) -> tuple[Key, str, Metered]:
         """A reduction of these parameters begins."""
