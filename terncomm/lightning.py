@@ -8,16 +8,17 @@ Lightning's own `DDPStrategy(ddp_comm_hook=...)` is ignored on CPU, without a wo
 the module that it returns: `terncomm.register(fabric.setup(model, optimizer)[0], "terngrad")`.
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
-
-from torch.nn.parallel import DistributedDataParallel
 
 from terncomm.codecs import Codec
 from terncomm.hooks import register
 from terncomm.hooks.averaging import Averaging
 from terncomm.watch import Watch
+
+_log = logging.getLogger("terncomm")
 
 
 def _callback() -> Any:
@@ -47,8 +48,8 @@ class CompressGradients(_callback()):  # type: ignore[misc]
 
     Raises:
         ModuleNotFoundError: Lightning is not installed.
-        TypeError: at the start of training, where the strategy holds no `DistributedDataParallel` model. On a single
-            device there is nothing to compress, and nothing is done.
+        TypeError: at the start of training, where :func:`terncomm.register` does not take the strategy's model. On one
+            process there is nothing to compress, and nothing is done.
     """
 
     def __init__(
@@ -64,17 +65,21 @@ class CompressGradients(_callback()):  # type: ignore[misc]
         self._watching = {"jsonl": jsonl, "tensorboard": tensorboard, "log_every": log_every}
         self._watch: Watch | None = None
         self._saved: dict[str, Any] | None = None
+        self._model: Any = None
         self.state: Averaging | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Register; go on where the checkpoint was."""
+        """Register; go on where the checkpoint, or the last `fit`, was."""
         if trainer.world_size == 1:
+            _log.info("one process: there is nothing to compress")
             return
-        model = trainer.strategy.model
-        if self.state is None or not (isinstance(model, DistributedDataParallel) and model._comm_hooks):
+        model, before = trainer.strategy.model, self._saved or self.state_dict()
+        if self.state is None or model is not self._model:  # a second fit() has another
+            self._model = model
             self.state = register(model, self._codec, **self._options)
-        if self._saved:
-            self.state.load_state_dict(self._saved)
+        if before:
+            self.state.load_state_dict(before)
+        self._saved = None
         self._watch = Watch(self.state, **self._watching)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -83,7 +88,7 @@ class CompressGradients(_callback()):  # type: ignore[misc]
             self._watch.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same."""
+        """Close what was watched."""
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@
 With Accelerate alone, register the model that it returns: `terncomm.register(accelerator.prepare(model), "terngrad")`.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ except ModuleNotFoundError as missing:
     ) from None
 
 
+_log = logging.getLogger("terncomm")
+
+
 class CompressGradients(TrainerCallback):  # type: ignore[misc]
     """Registers the hook when training starts. Rounding noise follows the Trainer's step, so resuming needs no more.
 
@@ -37,7 +41,8 @@ class CompressGradients(TrainerCallback):  # type: ignore[misc]
         state: what :func:`terncomm.register` returned, once training has started.
 
     Raises:
-        TypeError: at the start of training on several processes, where the model is not `DistributedDataParallel`.
+        TypeError: at the start of training on several processes, where :func:`terncomm.register` does not take the
+            model. On one process there is nothing to compress, and nothing is done.
     """
 
     def __init__(
@@ -53,13 +58,18 @@ class CompressGradients(TrainerCallback):  # type: ignore[misc]
         self._trainer, self._codec, self._options = trainer, codec, options
         self._watching = {"jsonl": jsonl, "tensorboard": tensorboard, "log_every": log_every}
         self._watch: Watch | None = None
+        self._model: Any = None
         self.state: Averaging | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Register; go on at the Trainer's step."""
         if args.world_size == 1:
+            _log.info("one process: there is nothing to compress")
             return
-        self.state = register(self._trainer.model_wrapped, self._codec, **self._options)
+        self.on_train_end(args, state, control)  # of a training that broke off
+        if self.state is None or self._model is not self._trainer.model_wrapped:  # train() may be called again
+            self._model = self._trainer.model_wrapped
+            self.state = register(self._model, self._codec, **self._options)
         self.state.load_state_dict({"step": state.global_step - 1, "seed": self.state.seed})
         self._watch = Watch(self.state, **self._watching)
 

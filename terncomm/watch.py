@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ _PHASES = ("encode", "exchange", "decode")
 class Watch:
     """Follows a state step by step, until it is closed, or the program ends.
 
-    Rank 0 watches alone; on other ranks this does nothing, unless the name of the file holds "{rank}". A step's record
-    is complete, and written, when the next one begins, or on :meth:`close`. Use it as a context manager, too.
+    Rank 0 of the job watches alone; on other ranks this does nothing, unless the name of the file holds "{rank}". A
+    step's record is complete, and written, when the next one begins, or on :meth:`close`. Use it as a context manager,
+    too. If it cannot write any more (the disk is full), it says so in the log and stops; training goes on.
 
     Args:
         state: what `terncomm.register` returned, a `GradientAverager`, or a `DistributedOptimizer`'s `averager`.
@@ -50,7 +52,8 @@ class Watch:
         self._log_every = log_every
         self._close: list[Callable[[], None]] = []
         self._write: list[Callable[[dict[str, Any]], object]] = []
-        self._before: dict[str, int | float] = {}
+        self._before: dict[str, int | float] = {}  # statistics when the step began
+        self._kept: dict[str, int | float] = {}  # what was counted in the step before statistics were reset
         self._step = -1
         self._began = time.perf_counter()
         self._since_log: list[dict[str, Any]] = []
@@ -63,7 +66,7 @@ class Watch:
             if log_every:
                 self._write.append(self._to_log)
         if self._write:
-            state._watches.append(self._next)
+            state._watches.append(self)
             atexit.register(self.close)  # Ctrl-C, too
 
     def _to_file(self, path: Path) -> None:
@@ -103,38 +106,51 @@ class Watch:
             record["step"], mean["raw_bytes"] / 1e6, mean["wire_bytes"] / 1e6, 1e3 * mean["seconds"], phases,
         )  # fmt: skip
 
-    def _next(self) -> None:
-        """A step begins: the one before is complete."""
-        self._record()
+    def step_begins(self) -> None:
+        """The state's call: the step before is complete."""
+        try:
+            self._record()
+        except Exception as error:
+            _log.warning("watching ends with step %d: %s: %s", self._step, type(error).__name__, error)
+            self._stop()
         self._before, self._step, self._began = self._state.stats(), self._state.step + 1, time.perf_counter()
+        self._kept = {}
+
+    def statistics_end(self) -> None:
+        """The state's call: its statistics begin at zero again."""
+        for name, value in self._state.stats().items():
+            self._kept[name] = self._kept.get(name, 0) + value - self._before.get(name, 0)
+        self._before = {}
 
     def _record(self) -> None:
         if self._step < 0:
             return
         now, state = time.perf_counter(), self._state
         numbers = state.stats()
-        if numbers["steps"] <= self._before.get("steps", 0):  # statistics were reset since
-            self._before = {}
         record: dict[str, Any] = {"step": self._step, "seconds": now - self._began}
         for name, value in numbers.items():
             if name.startswith("clip"):
                 if state._looks_at_clipping(self._step):
                     record[name] = value
             elif name != "steps":
-                record[name] = value - self._before.get(name, 0)
+                record[name] = value - self._before.get(name, 0) + self._kept.get(name, 0)
         for write in self._write:
             write(record)
 
     def close(self) -> None:
         """Write the last step, and let go of files. A second call does nothing."""
-        if self._next not in self._state._watches:
+        if self not in self._state._watches:
             return
-        self._state._watches.remove(self._next)
-        atexit.unregister(self.close)
         try:
             self._record()
         finally:
-            for close in self._close:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._state._watches.remove(self)
+        atexit.unregister(self.close)
+        for close in self._close:
+            with suppress(OSError):  # what could not be written has been told
                 close()
 
     def __enter__(self) -> "Watch":

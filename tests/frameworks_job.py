@@ -61,12 +61,18 @@ def lightning(folder):
         trainer.fit(module, DataLoader(Data(), batch_size=BATCH), ckpt_path=checkpoint)
         return trainer, compress, module
 
+    def again(trainer, module):
+        trainer.fit_loop.max_epochs += 1
+        trainer.fit(module, DataLoader(Data(), batch_size=BATCH))
+
     trainer, compress, module = fit(2)
     found = told(compress.state, module)
     trainer.save_checkpoint(folder / "checkpoint")
     dist.barrier()
-    _, resumed, _ = fit(3, folder / "checkpoint")
-    return {**found, "resumed": resumed.state.step}
+    trainer, resumed, module = fit(3, folder / "checkpoint")
+    found["resumed"] = resumed.state.step
+    again(trainer, module)
+    return {**found, "again": resumed.state.step}
 
 
 def fabric(folder):
@@ -131,12 +137,15 @@ def trainer(folder):
         compress = CompressGradients(trainer, "int8", exempt=(), jsonl=folder / "steps")
         trainer.add_callback(compress)
         trainer.train(resume_from_checkpoint=resume)
-        return compress, model
+        return trainer, compress, model
 
-    compress, model = fit(8, None)
+    _, compress, model = fit(8, None)
     found = told(compress.state, model)
-    resumed, _ = fit(10, str(folder / "out" / "checkpoint-4"))
-    return {**found, "resumed": resumed.state.step}
+    trainer, resumed, _ = fit(10, str(folder / "out" / "checkpoint-4"))
+    found["resumed"] = resumed.state.step
+    trainer.args.max_steps = 12
+    trainer.train(resume_from_checkpoint=False)  # from its first step, the model as it is
+    return {**found, "again": resumed.state.step}
 
 
 def main():

@@ -30,4 +30,5 @@ def test_the_hook_is_called_once_for_what_is_accumulated(what, package, steps, t
         assert found["same"]
         if "resumed" in found:
             assert found["resumed"] == {"lightning": 11, "trainer": 9}[what]
+            assert found["again"] == {"lightning": 15, "trainer": 11}[what]
             assert [each["step"] for each in read(tmp_path / "steps")][:steps] == list(range(steps))

@@ -2,9 +2,11 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import terncomm
@@ -68,14 +70,51 @@ def test_statistics_that_are_reset_meanwhile(tmp_path):
     def work(transport):
         averager, parameter = averagers(transport)
         with terncomm.Watch(averager, jsonl=tmp_path / "steps"):
-            train(averager, parameter, 2)
+            for steps in (2, 1, 2):
+                train(averager, parameter, steps)
+                averager.reset_stats()
             averager.reset_stats()
-            train(averager, parameter, 2)
+            train(averager, parameter, 1)
+        return averager.stats()["wire_bytes"]
 
-    LocalTransport.run(2, work)
-    sent = {each["wire_bytes"] for each in lines(tmp_path / "steps")[2:]}
-    assert len(sent) == 1
-    assert min(sent) > 0
+    sent = LocalTransport.run(2, work)[0]
+    assert [each["wire_bytes"] for each in lines(tmp_path / "steps")] == [sent] * 6
+    assert sent > 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_ends_watching_and_not_training(caplog):
+    def work(transport):
+        averager, parameter = averagers(transport)
+        watch = terncomm.Watch(averager, jsonl="/dev/full", log_every=0)
+        train(averager, parameter, 4)
+        watch.close()
+        return averager.stats()["steps"]
+
+    assert LocalTransport.run(2, work) == [4, 4]
+    assert [each for each in caplog.messages if "watching ends" in each] == [
+        "watching ends with step 0: OSError: [Errno 28] No space left on device"
+    ]
+
+
+def in_halves(folder):
+    """Two models of two ranks each: rank 0 of the job watches, and files by rank are the job's ranks."""
+    half = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    averager = terncomm.GradientAverager([parameter], "int8", half)
+    with (
+        terncomm.Watch(averager, jsonl=f"{folder}/one", log_every=0),
+        terncomm.Watch(averager, jsonl=f"{folder}/of-{{rank}}", log_every=0),
+    ):
+        train(averager, parameter, 3)
+    return averager.rank
+
+
+def test_ranks_are_the_jobs(on_ranks, tmp_path):
+    assert on_ranks(4, in_halves, str(tmp_path)) == [0, 1, 2, 3]
+    assert {path.name: len(lines(path)) for path in tmp_path.iterdir()} == {
+        "one": 3, "of-0": 3, "of-1": 3, "of-2": 3, "of-3": 3
+    }  # fmt: skip
 
 
 def test_clipping_is_told_when_it_was_looked_at(tmp_path):
@@ -121,6 +160,20 @@ def test_a_summary_writer():
     LocalTransport.run(2, work)
     assert ("terncomm/raw_bytes", 4 * 64 * 64, 1) in writer.told
     assert {name for name, _, _ in writer.told} >= {"terncomm/wire_bytes", "terncomm/encode_s", "terncomm/seconds"}
+
+
+def test_a_directory_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: tests/engines.sh")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def work(transport):
+        averager, parameter = averagers(transport)
+        with terncomm.Watch(averager, tensorboard=tmp_path / "runs"):
+            train(averager, parameter, 3)
+
+    LocalTransport.run(2, work)
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    assert [(each.step, each.value) for each in events.Scalars("terncomm/raw_bytes")] == [(n, 16384) for n in range(3)]
 
 
 def test_refused():

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,16 @@ _log = logging.getLogger("terncomm")
 _sparse_warned = False  # once in a process
 _CLIP_WARNING = 0.3  # share of a layer's gradient norm
 _CLIP_STEPS, _CLIP_EVERY = 3, 100  # the first coded steps, and every so many after, are looked at
+
+
+class Watching(Protocol):
+    """What is told of a state's steps: :class:`terncomm.Watch`."""
+
+    def step_begins(self) -> None:
+        """Before each step."""
+
+    def statistics_end(self) -> None:
+        """Before statistics are reset."""
 
 
 class Averaging:
@@ -97,7 +107,7 @@ class Averaging:
         self._levels: Levels | None = None
         self._later: list[Unchecked] = []  # headers on their way from the device
         self._layouts: dict[tuple[int, ...], tuple[Segments, Segments]] = {}
-        self._watches: list[Callable[[], None]] = []  # called before each step
+        self._watches: list[Watching] = []
         self._failed: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,10 +130,10 @@ class Averaging:
 
     @property
     def rank(self) -> int:
-        """This rank."""
-        if self._transport is None:  # a state that has not met the others yet
-            return dist.get_rank() if dist.is_initialized() else 0
-        return self._transport.rank
+        """This rank, of the whole job where that is torch.distributed's."""
+        if self._connection is None and self._transport is not None:
+            return self._transport.rank
+        return dist.get_rank() if dist.is_initialized() else 0
 
     def stats(self) -> dict[str, int | float]:
         """Plain numbers of this rank since the start or the last :meth:`reset_stats`.
@@ -152,6 +162,8 @@ class Averaging:
 
     def reset_stats(self) -> None:
         """Start counting from zero."""
+        for each in self._watches:
+            each.statistics_end()
         self._counts = dict.fromkeys(("steps", "raw_bytes", "exact_bytes", "coded_numel", "exact_numel"), 0)
         self._clock = Clock()
         self._sent_before = self._sent()
@@ -226,8 +238,8 @@ class Averaging:
 
     def _begin_step(self, step: int | None = None) -> None:
         """The first bucket of a backward pass comes; one that is aborted later shifts nothing."""
-        for each in self._watches:
-            each()
+        for each in list(self._watches):  # one may end
+            each.step_begins()
         self._step = self._step + 1 if step is None else step
         self._counts["steps"] += 1
         self._enabled = self._enabled_next
