@@ -62,6 +62,19 @@ def killed(transport):
     transport.all_gather(octets(0, 10))
 
 
+def leaves(transport):
+    """A rank that ends quietly after its first exchange is not waited for."""
+    transport.all_gather(octets(transport.rank, 10))
+    if transport.rank == 1:
+        sys.exit(0)
+    began = time.monotonic()
+    try:
+        transport.all_gather(octets(0, 10))
+    except RankFailed as error:
+        Path(sys.argv[1], f"told-{transport.rank}").write_text(json.dumps([str(error), time.monotonic() - began]))
+        raise
+
+
 def silent(transport):
     if transport.rank == 1:
         time.sleep(3)
@@ -108,6 +121,7 @@ def main():
         "conformance": conformance,
         "digest": digest,
         "otherwise": reduce_otherwise,
+        "leaves": leaves,
         "raises": raises,
         "killed": killed,
         "silent": silent,

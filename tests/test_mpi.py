@@ -74,6 +74,26 @@ def test_a_rank_that_ends_ends_the_job(how, said, tmp_path):
     assert time.monotonic() - began < 45, "long before the transport's timeout of 60 s"
 
 
+def test_a_rank_that_leaves_is_named_to_the_others(tmp_path):
+    done = mpirun(3, HERE / "mpi_job.py", tmp_path, "leaves")
+    assert done.returncode != 0
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("told-*")]
+    assert told, done.stdout + done.stderr
+    for text, waited_s in told:
+        assert "rank 1 has ended" in text
+        assert waited_s < 10, "long before the timeout of 60 s"
+
+
+def test_a_launcher_that_mpi_does_not_know_is_told(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text("import terncomm\nterncomm.transports.MPITransport()\n")
+    job = torchrun(script)
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "a launcher has started 2 processes (WORLD_SIZE), but MPI (" in text
+    assert "start them with " in text
+
+
 def test_a_rank_that_is_silent_is_waited_for_no_longer_than_the_timeout(tmp_path):
     done = mpirun(2, HERE / "mpi_job.py", tmp_path, "silent")
     first, second, waited_s = json.loads(done.stdout.splitlines()[0])
@@ -115,7 +135,7 @@ def test_bad_timeout():
 
 def test_without_mpi4py(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'terncomm\[mpi\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install mpi4py mpich"):
         MPITransport()
 
 

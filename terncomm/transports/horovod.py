@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from terncomm.transports.base import RankFailed
+from terncomm.transports.launched import check_not_alone
 
 _POLL_S = 5e-5  # Horovod's own wait sleeps for 1 ms at a time
 _numbers: "dict[tuple[int, ...], itertools.count[int]]" = {}  # of the transports over these ranks, alike on all of them
@@ -39,8 +40,8 @@ class HorovodTransport:
 
     Raises:
         ModuleNotFoundError: Horovod is not installed.
-        ValueError: `hvd.init()` has not been called, this rank is not in the process set, or the timeout is not
-            positive.
+        ValueError: `hvd.init()` has not been called, this rank is not in the process set, the timeout is not positive,
+            or a launcher has started several processes of which Horovod knows nothing.
         RankFailed: in every call, when other ranks have not come within `timeout_s`.
         horovod.common.exceptions.HorovodInternalError: in every call, when Horovod says that a rank is lost, or that
             sizes differ.
@@ -56,6 +57,7 @@ class HorovodTransport:
         self._hvd = hvd = horovod_torch()
         if not hvd.is_initialized():
             raise ValueError("Horovod is not initialized: call hvd.init() first")
+        check_not_alone(hvd.size(), "Horovod", "start them with horovodrun, or the mpirun of the MPI it was built with")
         self._process_set = hvd.global_process_set if process_set is None else process_set
         if not self._process_set.included():
             raise ValueError(f"rank {hvd.rank()} is not in {self._process_set}")
