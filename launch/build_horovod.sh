@@ -24,18 +24,21 @@ export PATH="$(dirname "$python"):$PATH" # the mpicxx of the wheel mpich, if it 
 with=(HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1) controllers=gloo
 if command -v mpicxx >/dev/null; then
     with=(HOROVOD_WITH_GLOO=1 HOROVOD_WITH_MPI=1) controllers="gloo and MPI"
-    mpi="$(mpicxx -show 2>/dev/null | cksum | cut -c1-6)" # a wheel for one MPI is none for another
+    # A wheel for one MPI is none for another; where an environment lies does not matter.
+    mpi="$({ mpicxx -show | sed "s|$(dirname "$(dirname "$python")")||g"; mpirun --version; } 2>&1 |
+        head -n 3 | cksum | cut -c1-6)"
 fi
 tag="$(echo "$("$python" -V) torch $torch $controllers ${mpi:-}" | tr -c 'A-Za-z0-9.\n' -)"
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/terncomm/horovod-$version-$tag"
 
 pip() { "$python" -m pip "$1" -q --disable-pip-version-check "${@:2}"; }
 if ! ls "$wheels"/horovod-*.whl >/dev/null 2>&1; then
-    say "building horovod $version with $controllers for torch $torch (about 3 minutes, once)"
+    say "building horovod $version with $controllers for torch $torch (3 minutes on two free cores, once)"
     work="$(mktemp -d)"
     trap 'rm -rf "$work"' EXIT
     # Its CMake files ask for C++14 and torch for C++17: the last -std on the line counts.
-    printf '#!/bin/sh\nexec g++ "$@" -std=c++17\n' >"$work/cxx"
+    # $ORIGIN: the MPI of the wheel mpich is found in whatever environment this one is installed.
+    printf '#!/bin/sh\nexec g++ "-Wl,-rpath,\$ORIGIN/../../../.." "$@" -std=c++17\n' >"$work/cxx"
     chmod +x "$work/cxx"
     pip install setuptools wheel packaging cloudpickle psutil pyyaml
     env CXX="$work/cxx" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 "${with[@]}" \

@@ -4,7 +4,8 @@
 #   PROCESSES=auto   processes per node: a number; auto: one per GPU, or per core
 #   IFNAME=          the interface, where the choice is wrong
 #   RESTARTS=0       how often all ranks start anew from the checkpoint after one has failed
-#   MIN_NODES=NODES  go on with so few nodes when one is lost (with RESTARTS)
+#   MIN_NODES=NODES  go on with so few nodes when one is lost (with RESTARTS), after half a minute. Not without node 0,
+#                    where they meet. The checkpoint must be where all nodes see it: any may hold rank 0 afterwards.
 #   DRY_RUN=1        print the command and end
 set -euo pipefail
 
@@ -15,7 +16,7 @@ number() { [[ "$2" =~ ^[0-9]+$ ]] || fail "$1 must be a number, got '$2'"; }
 nodes="$1" node="$2" master="${3%:*}" port=29500
 [[ "$3" != *:* ]] || port="${3##*:}"
 shift 3
-number NODES "$nodes" && number NODE "$node" && number PORT "$port" && number RESTARTS "${RESTARTS:-0}"
+number NODES "$nodes" && number NODE "$node" && number PORT "$port" && number RESTARTS "${RESTARTS:-0}" && number MIN_NODES "${MIN_NODES:-1}"
 [ "$node" -lt "$nodes" ] || fail "NODE must be below NODES=$nodes, got $node"
 [ -f "$1" ] || fail "there is no script $1 on $(hostname)"
 

@@ -30,7 +30,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="learning rate at the start (default: the data's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--metrics", type=Path, help="file for one JSON line per epoch")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.epochs < 1 or args.batch_size < 1:
+        parser.error(f"--epochs and --batch-size must be at least 1, got {args.epochs} and {args.batch_size}")
+    return args
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ _STEP = "terncomm_step"  # in the first parameter group: so it is in checkpoints
 
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
-    named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]] | None = None,
     codec: str | Codec = "terngrad",
     *,
     backward_passes_per_step: int = 1,
@@ -63,7 +63,7 @@ def DistributedOptimizer(
     Args:
         optimizer: any but `torch.optim.LBFGS`, whose steps depend on a loss that differs between ranks.
         named_parameters: the module, so that embeddings and the output head are found and travel exactly; or its
-            `named_parameters()`, then name those in `skip`.
+            `named_parameters()`, then name those in `skip`. Without, parameters go by their places in the optimizer.
         codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
         backward_passes_per_step: backward passes before each `step()`.
         op: `hvd.Average` (the default) or `hvd.Sum`.
@@ -128,11 +128,14 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _named(
-    optimizer: torch.optim.Optimizer, given: nn.Module | Iterable[tuple[str, nn.Parameter]]
+    optimizer: torch.optim.Optimizer, given: nn.Module | Iterable[tuple[str, nn.Parameter]] | None
 ) -> nn.Module | list[tuple[str, nn.Parameter]]:
     """What an averager takes: the module, or names and parameters, of this optimizer."""
-    held = {each for group in optimizer.param_groups for each in group["params"] if each.requires_grad}
-    if isinstance(given, nn.Module):
+    every = [each for group in optimizer.param_groups for each in group["params"]]
+    held = {each for each in every if each.requires_grad}
+    if given is None:
+        named = [(f"parameter {place}", each) for place, each in enumerate(every)]
+    elif isinstance(given, nn.Module):
         named = list(given.named_parameters())
     else:
         named = list(given)
@@ -159,6 +162,7 @@ class _Reducer:
 
     def __init__(self, averager: GradientAverager, passes: int, adds: bool, densifies: bool) -> None:
         self.averager = averager
+        self._step = averager.step
         self._densifies = densifies
         self.passes = passes
         parameters = cast(list[nn.Parameter], averager._parameters)
@@ -250,10 +254,11 @@ class _Reducer:
     def _begin_step(self) -> None:
         optimizer = self._optimizer()
         assert optimizer is not None
-        group = optimizer.param_groups[0]
-        self.averager._step = group[_STEP]
-        self.averager._begin_step()
-        group[_STEP] = self.averager._step
+        group, averager = optimizer.param_groups[0], self.averager
+        if averager.step == self._step:  # else the averager has loaded a state of its own
+            averager._step = group[_STEP]
+        averager._begin_step()
+        group[_STEP] = self._step = averager.step
 
     def _reduce(
         self, index: int, bucket: list[nn.Parameter], gradients: list[torch.Tensor], stream: Any
@@ -338,7 +343,7 @@ def _kind(base: Any, module: str) -> Any:
             return loss
 
         def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-            """As ever; not between a backward pass and the wait for what it began."""
+            """Clear gradients; not between a backward pass and the wait for what it began."""
             self._refuse_under_way("zero_grad()")
             super().zero_grad(*args, **kwargs)
 
@@ -349,8 +354,16 @@ def _kind(base: Any, module: str) -> Any:
                     "on their way to other ranks"
                 )
 
+        def add_param_group(self, param_group: Any) -> None:
+            """Refused: what is added later would not be averaged.
+
+            Raises:
+                RuntimeError: always.
+            """
+            raise RuntimeError("add parameter groups before the optimizer is made distributed: these would be left out")
+
         def load_state_dict(self, state_dict: Any) -> None:
-            """As ever; the rounding noise goes on after the saved step."""
+            """Load the state of the optimizer; the rounding noise goes on after the saved step."""
             self._refuse_under_way("load_state_dict()")
             super().load_state_dict(state_dict)
             self.param_groups[0].setdefault(_STEP, -1)  # saved by another optimizer

@@ -205,6 +205,12 @@ def resumed():
     other.step()
     assert called == [1]
     assert all(torch.equal(a, b) for a, b in zip(wanted, gradients(again), strict=True))
+    third, last = made("terngrad", lr=0.0)
+    last.averager.load_state_dict({"step": 0, "seed": 1})
+    loss_of(third, 1).backward()
+    last.step()
+    assert all(torch.equal(a, b) for a, b in zip(wanted, gradients(third), strict=True))
+    assert last.state_dict()["param_groups"][0]["terncomm_step"] == 1
 
 
 def refused():
@@ -248,6 +254,13 @@ def as_programs_of_horovod_call_it():
         made(compression=hvd.Compression.fp16)
     with pytest.raises(TypeError, match="'warmup'"):
         made(warmup=1)
+    with pytest.raises(RuntimeError, match="add parameter groups before"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    unnamed = network()
+    plain = DistributedOptimizer(torch.optim.SGD(unnamed.parameters(), lr=0.1), codec="int8", exempt=())
+    loss_of(unnamed).backward()
+    plain.step()
+    assert close(gradients(unnamed), mean_of_ranks())
     rows = torch.nn.Embedding(5, 4, sparse=True)
     optimizer = DistributedOptimizer(torch.optim.SGD(rows.parameters(), lr=0.1), rows, sparse_as_dense=True)
     rows(torch.tensor([hvd.rank()])).sum().backward()

@@ -138,6 +138,12 @@ def test_codec_names():
     assert codec_for(mine) is mine
     with pytest.raises(ValueError, match="unknown codec 'int4'; known: int8, terngrad"):
         codec_for("int4")
+    with pytest.raises(ValueError, match=r"unknown codec 'TernGard' \(did you mean 'terngrad'\?\); known: int8"):
+        codec_for("TernGard")
+    with pytest.raises(ValueError, match=r"unknown codec 'fp16' \(PyTorch has it: default_hooks"):
+        codec_for("fp16")
+    with pytest.raises(TypeError, match=r"it is to be called, Ternary\(\)"):
+        codec_for(Ternary)
     with pytest.raises(TypeError, match="a name or a terncomm codec, got 8"):
         codec_for(8)
 

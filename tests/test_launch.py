@@ -56,6 +56,7 @@ def test_a_command_for_each_node():
     ("words", "environment", "said"),
     [
         (("two", 0, "localhost", TRAIN), {}, "NODES must be a number, got 'two'"),
+        ((1, 0, "localhost", TRAIN), {"MIN_NODES": "few"}, "MIN_NODES must be a number, got 'few'"),
         ((2, 2, "localhost", TRAIN), {}, "NODE must be below NODES=2, got 2"),
         ((1, 0, "localhost", "no.py"), {}, "there is no script no.py"),
         ((1, 0, "nowhere.invalid", TRAIN), {}, "cannot find the address of 'nowhere.invalid'"),
@@ -72,7 +73,7 @@ def test_refused_in_one_line(words, environment, said):
 
 def test_slurm_starts_one_torchrun_per_node(tmp_path):
     """With stand-ins for srun and scontrol: this machine is the first node of two."""
-    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nSLURM_NODEID=0 exec "$@"\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\necho cpus $SRUN_CPUS_PER_TASK\nshift\nSLURM_NODEID=0 exec "$@"\n')
     addresses = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True, check=True).stdout
     mine = [words[3].split("/")[0] for words in map(str.split, addresses.splitlines()) if words[1] != "lo"]
     if not mine:
@@ -89,6 +90,7 @@ def test_slurm_starts_one_torchrun_per_node(tmp_path):
             "SLURM_JOB_ID": "20007",
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_PER_TASK": "16",
             "DRY_RUN": "1",
         },
         cwd=ROOT,
@@ -101,6 +103,8 @@ def test_slurm_starts_one_torchrun_per_node(tmp_path):
     assert "node 0 of 2 by " in said
     assert ":20007 --rdzv-conf is_host=true" in said
     assert "--rdzv-id 20007" in said
+    assert "--nproc-per-node 4" in said
+    assert "cpus 16" in said
 
 
 def test_slurm_needs_a_script():
@@ -115,8 +119,8 @@ def test_the_kubernetes_job_runs_what_there_is():
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     (container,) = worker["template"]["spec"]["containers"]
     assert container["name"] == "pytorch"
-    launcher, script, *options = container["command"]
-    assert launcher == "torchrun"
+    launcher, processes, script, *options = container["command"]
+    assert (launcher, processes) == ("torchrun", "--nproc-per-node=1")
     words = subprocess.run(
         [sys.executable, ROOT / script, *options, "--help"], capture_output=True, text=True, timeout=60, check=True
     ).stdout

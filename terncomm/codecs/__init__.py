@@ -1,11 +1,18 @@
 """Codecs: gradients to small integers under a shared scale, and back."""
 
+import difflib
+
 from terncomm.codecs.base import Codec
 from terncomm.codecs.int8 import Int8
 from terncomm.codecs.ternary import Ternary
 
 __all__ = ["Codec", "Int8", "Ternary", "codec_for"]
 
+_ELSEWHERE = {
+    "none": " (for none, register no hook)",
+    "fp16": " (PyTorch has it: default_hooks.fp16_compress_hook)",
+    "bf16": " (PyTorch has it: default_hooks.bf16_compress_hook)",
+}
 _NAMED = {"terngrad": Ternary(clip=2.5), "int8": Int8(block=2048)}
 
 
@@ -22,7 +29,14 @@ def codec_for(codec: "str | Codec") -> Codec:
     if isinstance(codec, Codec):
         return codec
     if not isinstance(codec, str):
-        raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}")
+        raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}{_hint(codec)}")
     if codec not in _NAMED:
-        raise ValueError(f"unknown codec {codec!r}; known: {', '.join(sorted(_NAMED))}, or a codec such as Ternary()")
+        meant = difflib.get_close_matches(codec.lower(), _NAMED, n=1, cutoff=0.8)
+        advice = f" (did you mean {meant[0]!r}?)" if meant else _ELSEWHERE.get(codec, "")
+        known = ", ".join(sorted(_NAMED))
+        raise ValueError(f"unknown codec {codec!r}{advice}; known: {known}, or a codec such as Ternary()")
     return _NAMED[codec]
+
+
+def _hint(codec: object) -> str:
+    return f": it is to be called, {codec.__name__}()" if isinstance(codec, type) and issubclass(codec, Codec) else ""
