@@ -43,11 +43,16 @@ if ! ls "$wheels"/horovod-*.whl >/dev/null 2>&1; then
     pip install setuptools wheel packaging cloudpickle psutil pyyaml
     env CXX="$work/cxx" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 "${with[@]}" \
         "$python" -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-cache-dir --no-deps \
-        -w "$work/wheels" "horovod==$version" >"$work/log" 2>&1 ||
-        { tail -n 40 "$work/log" >&2; fail "the build failed; the end of its output is above"; }
+        -w "$work/wheels" "horovod==$version" >"$work/log" 2>&1 &
+    build=$!
+    trap 'kill $build 2>/dev/null || true; rm -rf "$work"' EXIT
+    while sleep 2 && kill -0 $build 2>/dev/null; do
+        [ $((SECONDS % 30)) -gt 1 ] || say "still building, $SECONDS s"
+    done
+    wait $build || { tail -n 40 "$work/log" >&2; fail "the build failed; the end of its output is above"; }
     mkdir -p "$wheels"
     mv "$work"/wheels/horovod-*.whl "$wheels/"
 fi
 pip install --no-deps --force-reinstall "$wheels"/horovod-*.whl
-pip install cloudpickle psutil pyyaml packaging
+pip install cloudpickle psutil pyyaml packaging cffi
 say "$("$python" -c 'import horovod.torch as hvd; print("ready: MPI", hvd.mpi_built(), "gloo", hvd.gloo_built())')"

@@ -156,5 +156,6 @@ def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
                     f"{kind} is of fully_shard, whose reduce-scatter torch {torch.__version__} lets nobody replace: a "
                     "newer one, with FSDPModule.set_custom_reduce_scatter, is needed"
                 )
-            raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model)")
+            alone = "" if dist.is_initialized() and dist.get_world_size() > 1 else ". One process needs no hook"
+            raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model){alone}")
     return inner
