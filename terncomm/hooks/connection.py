@@ -268,7 +268,7 @@ def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
         lost = f" (the store is gone: {error})"
     raise RankFailed(
         f"rank {names()} has not come within {time.monotonic() - begin:.0f} s. Every rank must call terncomm.register "
-        "on its DDP model, or register terncomm.comm_hook and run backward, equally often; or it was killed"
+        "(or make a GradientAverager, or register terncomm.comm_hook and run backward), equally often; or it was killed"
         + lost
         + "."
     )
