@@ -73,8 +73,8 @@ def traffic(state: Any, codec: str, parameters: int, steps: int) -> dict[str, fl
     if state is not None:
         stats = state.stats()
         state.reset_stats()
-        names = ("raw_bytes", "wire_bytes", "exact_bytes", "encode_s", "exchange_s", "decode_s")
-        return {name: stats[name] for name in names}
+        names = ("raw_bytes", "wire_bytes", "intra_bytes", "exact_bytes", "encode_s", "exchange_s", "decode_s")
+        return {name: stats[name] for name in names if name in stats}
     # Plain DDP counts nothing: a ring all-reduce sends this much, in float32 or float16.
     raw_bytes = 4 * parameters * steps
     world_size = dist.get_world_size()
@@ -231,9 +231,10 @@ def main() -> None:
 
         left_s = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         told = f"test loss {test_loss:8.4f}" if test_accuracy is None else f"test accuracy {test_accuracy:7.2%}"
+        inside = f", {totals['intra_bytes'] / 1e6:.2f} inside its node" if "intra_bytes" in totals else ""
         print(
             f"{args.codec:8}  epoch {epoch + 1:3}/{args.epochs}  train loss {train_loss:.4f}  "
-            f"{told}  sent {totals['wire_bytes'] / 1e6:8.2f} MB/rank  {left_s:3.0f} s left",
+            f"{told}  sent {totals['wire_bytes'] / 1e6:8.2f} MB/rank{inside}  {left_s:3.0f} s left",
             flush=True,
         )
         record = {

@@ -181,7 +181,7 @@ def test_two_nodes(tmp_path):
     assert ["by cable0" in told[0], "by cable1" in told[1]] == [True, True]
     (epoch,) = read(tmp_path / "metrics")
     assert epoch["world_size"] == 4
-    assert epoch["wire_bytes"] > epoch["raw_bytes"], "floats inside nodes"
+    assert epoch["wire_bytes"] > epoch["intra_bytes"] > epoch["raw_bytes"], "floats inside nodes"
 
 
 @pytest.mark.slow
