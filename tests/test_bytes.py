@@ -19,7 +19,7 @@ SHORT, LONG = 3, 9
 
 
 def count(path):
-    """Interface and counted bytes of LONG steps less those of SHORT ones, by codec."""
+    """Interface and counted bytes of LONG steps less those of SHORT ones, by codec, three times."""
     told = {}
     for codec in CODECS:
         layers = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 1024), nn.Linear(1024, 8))
@@ -28,16 +28,20 @@ def count(path):
         if codec == "exact":
             state.disable()
         inputs = torch.randn(2, 1024, generator=torch.Generator().manual_seed(dist.get_rank()))
-        seen = []
-        for steps in (3, SHORT, LONG):  # the first three are not looked at
+
+        def sent(steps, model=model, state=state, inputs=inputs):
             dist.barrier()
             before = traffic()[0], state.stats()["wire_bytes"]
             for _ in range(steps):
                 model(inputs).square().mean().backward()
             dist.barrier()
-            seen.append((traffic()[0] - before[0], state.stats()["wire_bytes"] - before[1]))
-        (_, (interface, counted), (interface_long, counted_long)) = seen
-        told[codec] = interface_long - interface, counted_long - counted
+            return traffic()[0] - before[0], state.stats()["wire_bytes"] - before[1]
+
+        sent(3)  # not looked at
+        told[codec] = []
+        for _ in range(3):
+            (interface, counted), (interface_long, counted_long) = sent(SHORT), sent(LONG)
+            told[codec].append((interface_long - interface, counted_long - counted))
     (path / f"bytes-{dist.get_rank()}.json").write_text(json.dumps(told))
 
 
@@ -51,6 +55,8 @@ def test_interface_and_count_agree_within_3_percent(tmp_path, world_size):
         pytest.skip(f"no network namespaces here: {error}")
     assert [end.status for end in job] == [0] * world_size, "\n".join(end.text for end in job)
     for rank in range(world_size):
-        for codec, (interface, counted) in json.loads((tmp_path / f"bytes-{rank}.json").read_text()).items():
+        for codec, told in json.loads((tmp_path / f"bytes-{rank}.json").read_text()).items():
+            interface, counted = min(told)  # other work beside it makes more and smaller packets, never fewer bytes
             assert counted > 100_000
+            assert {other for _, other in told} == {counted}
             assert interface == pytest.approx(counted, rel=0.03), (codec, interface / counted)

@@ -136,18 +136,23 @@ def interface_bytes(folder):
     inside, _ = groups(NODES["blocks"])
     state = terncomm.register(model, "terngrad", intra_group=inside)
     inputs = torch.randn(2, 1024, generator=torch.Generator().manual_seed(dist.get_rank()))
-    seen = []
-    for steps in (3, 3, 9):
+
+    def sent(steps):
         dist.barrier()
-        before, sent = state.stats(), traffic()[0]
+        before, left = state.stats(), traffic()[0]
         for _ in range(steps):
             model(inputs).square().mean().backward()
         dist.barrier()
         after = state.stats()
         counted = [after[name] - before[name] for name in ("wire_bytes", "intra_bytes")]
-        seen.append((traffic()[0] - sent, counted[0] - counted[1]))
-    (_, short, long) = seen
-    (folder / f"bytes-{dist.get_rank()}.json").write_text(json.dumps([b - a for a, b in zip(short, long, strict=True)]))
+        return traffic()[0] - left, counted[0] - counted[1]
+
+    sent(3)
+    told = []
+    for _ in range(3):  # other work beside it makes more and smaller packets: the least counts
+        short, long = sent(3), sent(9)
+        told.append([b - a for a, b in zip(short, long, strict=True)])
+    (folder / f"bytes-{dist.get_rank()}.json").write_text(json.dumps(min(told)))
 
 
 @pytest.mark.root
