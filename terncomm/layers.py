@@ -48,7 +48,8 @@ class Layers:
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 named.setdefault(parameter, clean(name))
-        if all(name.startswith("module.") for name in named.values()):  # names of a DDP model itself
+        if all(name.startswith("module.") for name in named.values()):  # of a DDP model itself, most likely
+            self.skip = tuple(pattern.removeprefix("module.") for pattern in self.skip)
             named = {parameter: name.removeprefix("module.") for parameter, name in named.items()}
         if self.skip and not named:
             raise ValueError("skip= needs names: give named_parameters=model.named_parameters(), or use register")
@@ -102,7 +103,7 @@ def _segments(rows: list[tuple[int, int, int]]) -> Segments:
 
 def clean(name: str) -> str:
     """A parameter's name without what FSDP1, torch.compile and checkpointing put into it."""
-    return _WRAPPERS.sub("", name)
+    return _WRAPPERS.sub("", name).rstrip(".")
 
 
 def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> dict[torch.Tensor, str]:

@@ -4,7 +4,8 @@
     row = all_reduce_mean(row), between                # coded, over the ranks of that row on all nodes
     flat = everyone's rows, inside
 
-A node sends to others what one rank alone would.
+A node sends to others what one rank alone would. A layer that lies in several rows has clip limit and scale in each, so
+a non-finite element spoils what its row has of the layer.
 """
 
 import zlib

@@ -182,11 +182,11 @@ def _difference(headers: list[Header], rank: int) -> str:
     mine = headers[rank]
     joining = [header.step == _JOINING for header in headers]
     if any(joining) and not all(joining):
-        sides = (", ".join(str(r) for r, joins in enumerate(joining) if joins == side) for side in (True, False))
+        new, old = (", ".join(str(r) for r, joins in enumerate(joining) if joins == side) for side in (True, False))
         return (
-            "ranks are not in step. Rank {} begins with new parameters, types or options, and rank {} reduces "
+            f"ranks are not in step. Rank {new} begins with new parameters, types or options, and rank {old} reduces "
             "gradients as before: every rank must give the same in every call."
-        ).format(*sides)
+        )
     other = next(r for r, header in enumerate(headers) if header != mine)
     told = [
         _DIFFERENCES.get(name, name.replace("_", " ") + " {0} here, {1} there").format(here, there)

@@ -108,11 +108,7 @@ class Watch:
 
     def step_begins(self) -> None:
         """The state's call: the step before is complete."""
-        try:
-            self._record()
-        except Exception as error:
-            _log.warning("watching ends with step %d: %s: %s", self._step, type(error).__name__, error)
-            self._stop()
+        self._record()
         self._before, self._step, self._began = self._state.stats(), self._state.step + 1, time.perf_counter()
         self._kept = {}
 
@@ -134,8 +130,12 @@ class Watch:
                     record[name] = value
             elif name != "steps":
                 record[name] = value - self._before.get(name, 0) + self._kept.get(name, 0)
-        for write in self._write:
-            write(record)
+        try:
+            for write in self._write:
+                write(record)
+        except Exception as error:
+            _log.warning("watching ends with step %d: %s: %s", self._step, type(error).__name__, error)
+            self._stop()
 
     def close(self) -> None:
         """Write the last step, and let go of files. A second call does nothing."""
@@ -147,6 +147,8 @@ class Watch:
             self._stop()
 
     def _stop(self) -> None:
+        if self not in self._state._watches:
+            return
         self._state._watches.remove(self)
         atexit.unregister(self.close)
         for close in self._close:

@@ -19,11 +19,11 @@ CODED = ("one.up.weight", "one.down.weight", "two.up.weight", "two.down.weight")
 
 
 def flat(strategy="FULL_SHARD", model=None, **options):
+    options = {"auto_wrap_policy": ModuleWrapPolicy({Block}), **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP1 is deprecated, NO_SHARD too
         return FullyShardedDataParallel(
             network() if model is None else model,
-            auto_wrap_policy=ModuleWrapPolicy({Block}),
             sharding_strategy=ShardingStrategy[strategy],
             device_id=torch.device("cpu"),
             **options,
@@ -125,6 +125,21 @@ def accumulated():
 
 def test_accumulation(on_ranks):
     on_ranks(2, accumulated)
+
+
+def named():
+    """Every layer a unit of its own: names are the model's."""
+    model = flat(use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({Block, nn.Linear}))
+    state = terncomm.register(model, "terngrad", skip=["one.up.weight"])
+    backward(model, 0)
+    stats = state.stats()
+    assert stats["coded_numel"] == 3 * 67 * 53
+    told = {name.removeprefix("clip_norm_lost/") for name in stats if name.startswith("clip_norm_lost/")}
+    assert told == {"one.down.weight", "two.up.weight", "two.down.weight"}
+
+
+def test_names_are_the_models(on_ranks):
+    on_ranks(2, named)
 
 
 def partly_frozen():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from terncomm.layers import Layers
+from terncomm.layers import Layers, clean
 
 
 def layers_of(*names, **options):
@@ -18,6 +18,7 @@ def layers_of(*names, **options):
         (["_orig_mod.module.a", "_orig_mod.module.b"], ["a", "b"]),  # of a compiled one
         (["module._orig_mod.a"], ["a"]),
         (["_fsdp_wrapped_module.a._fsdp_wrapped_module._checkpoint_wrapped_module.weight"], ["a.weight"]),
+        (["0._fsdp_wrapped_module.fc._fsdp_wrapped_module.weight"], ["0.fc.weight"]),
         (["module.a.weight", "a.weight"], ["module.a.weight", "a.weight"]),  # the user's own attribute
         (["my_orig_mod.a"], ["my_orig_mod.a"]),
     ],
@@ -29,3 +30,10 @@ def test_names(given, known):
 def test_a_module_of_the_users_can_be_skipped():
     layers = layers_of("module.a", "other.b", skip=["module"])
     assert layers.coded_names == ["other.b"]
+    assert layers_of("module.a", "module.b", skip=["module.a"]).coded_names == ["b"]
+    assert layers_of("module.a", "module.b", skip=["a"]).coded_names == ["b"]
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module", "2._fsdp_wrapped_module", "_orig_mod.2"])
+def test_names_of_modules(name):
+    assert clean(name) == name.replace("_fsdp_wrapped_module", "").replace("_orig_mod.", "").strip(".")

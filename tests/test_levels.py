@@ -1,5 +1,6 @@
 """Codes between nodes alone, floats inside them (`intra_group`). Functions run on ranks."""
 
+import copy
 import json
 
 import pytest
@@ -229,6 +230,20 @@ def test_groups_that_are_no_nodes(on_ranks):
         assert "ranks in intra_group: 3 on rank 0, 1, 2; 1 on rank 3" in said["unequal"]
         assert "ValueError: intra_group: every rank must give the group of its own node's ranks" in said["not its own"]
         assert "TypeError: intra_group: wanted the process group of this node's ranks, got 2" in said["no group"]
+
+
+def copied():
+    """A copy would code over all ranks, in silence."""
+    model = DistributedDataParallel(made())
+    state = terncomm.register(model, "int8", intra_group=dist.group.WORLD)
+    other = DistributedDataParallel(made())
+    other.register_comm_hook(copy.deepcopy(state), terncomm.comm_hook)
+    with pytest.raises(RuntimeError, match="was copied, without its intra_group"):
+        backward(other)
+
+
+def test_a_copy_has_no_nodes(on_ranks):
+    on_ranks(2, copied)
 
 
 def one_node():

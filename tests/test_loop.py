@@ -256,6 +256,26 @@ def test_steps_are_counted_on_when_parameters_are_thawed():
     LocalTransport.run(2, work)
 
 
+def test_a_rank_that_thaws_alone_is_told_and_stays_told():
+    def calls(transport):
+        a, b = (nn.Parameter(torch.zeros(40, 40)) for _ in range(2))
+        said = []
+        for thawed in (False, transport.rank == 0, False):
+            b.requires_grad_(thawed)
+            a.grad = torch.ones(40, 40)
+            try:
+                terncomm.reduce_gradients([a, b], "int8", transport)
+                said.append("")
+            except RuntimeError as error:
+                said.append(str(error))
+        return said
+
+    for first, second, third in LocalTransport.run(2, calls):
+        assert first == ""
+        assert "ranks are not in step. Rank 0 begins" in second
+        assert "an earlier gradient reduction failed" in third
+
+
 def test_empty_arrays():
     def work(transport):
         arrays = [np.zeros((0, 4), np.float32), np.full((2, 2), float(transport.rank), np.float32)]

@@ -1,5 +1,6 @@
 """What each step sent and took: JSON lines, TensorBoard, log lines, ranges in profiles."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -13,7 +14,7 @@ import terncomm
 from terncomm.codecs import codec_for
 from terncomm.hooks.runner import OrderedWorker
 from terncomm.keys import Key
-from terncomm.reduce import all_reduce_mean
+from terncomm.reduce import RanksDiffer, all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.simulator.codec_costs import Echo
 from terncomm.transports import LocalTransport
@@ -89,12 +90,39 @@ def test_a_full_disk_ends_watching_and_not_training(caplog):
         watch = terncomm.Watch(averager, jsonl="/dev/full", log_every=0)
         train(averager, parameter, 4)
         watch.close()
+        with terncomm.Watch(averager, jsonl="/dev/full", log_every=0):
+            train(averager, parameter, 1)  # told on closing
         return averager.stats()["steps"]
 
-    assert LocalTransport.run(2, work) == [4, 4]
+    assert LocalTransport.run(2, work) == [5, 5]
     assert [each for each in caplog.messages if "watching ends" in each] == [
-        "watching ends with step 0: OSError: [Errno 28] No space left on device"
+        f"watching ends with step {step}: OSError: [Errno 28] No space left on device" for step in (0, 4)
     ]
+
+
+def test_a_watch_takes_no_error_away():
+    """Headers that come late from a device are looked at by statistics, too."""
+
+    class Late:
+        def arrived(self):
+            return True
+
+        def check(self):
+            raise RanksDiffer("not in step")
+
+    def work(transport):
+        averager, parameter = averagers(transport)
+        with contextlib.suppress(RanksDiffer), terncomm.Watch(averager, log_every=1):
+            train(averager, parameter, 1)
+            averager._later.append(Late())
+            for _ in range(2):
+                with pytest.raises(RanksDiffer, match="not in step"):
+                    averager.stats()
+            with pytest.raises((RanksDiffer, RuntimeError), match="not in step"):
+                train(averager, parameter, 1)
+        return "told"
+
+    assert LocalTransport.run(1, work) == ["told"]
 
 
 def in_halves(folder):

@@ -96,6 +96,7 @@ class Averaging:
         self._clip_unread: dict[tuple[int, ...], torch.Tensor] = {}  # shares that are still on a CUDA device
         self._clip_warned = False
         self._copied = False
+        self._in_levels = False  # whether it was made with intra_group, which a copy has not
         self._detach()
         self.reset_stats()
         ops.compile_kernels()
@@ -283,7 +284,8 @@ class Averaging:
     def _check_arrived(self) -> None:
         """Raise if ranks turned out to differ in an earlier bucket whose headers have reached the host by now."""
         while self._later and self._later[0].arrived():
-            self._later.pop(0).check()
+            self._later[0].check()  # stays, if it raises: whoever comes next must be told, too
+            self._later.pop(0)
 
     def _run(self, flat: torch.Tensor, coded: Segments, exact: Segments, key: Key, transport: Metered) -> None:
         with self._clock("encode", key, "watch clipping"):

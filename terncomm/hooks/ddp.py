@@ -60,6 +60,7 @@ def register(
         codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
         intra_group: for DDP: the ranks of this node, equally many on all nodes. Gradients are then averaged as floats
             inside nodes and coded between nodes alone, where each rank sends its part of what one rank would send.
+            Scales, and what a non-finite element spoils, are then of each rank's part of a layer.
         replicas: for `fully_shard` over a one-dimensional mesh: the group of the ranks that hold the same shard, in
             place of FSDP2's own hybrid sharding. Gradients are then reduced plainly inside the mesh, and coded between
             replicas.
@@ -128,7 +129,7 @@ def register(
         raise refusal
     state._connect(connection)
     if node:
-        state._levels = levels_between(connection, node, device)
+        state._levels, state._in_levels = levels_between(connection, node, device), True
     ddp.register_comm_hook(state, comm_hook)
     if connection.transport.rank == 0:
         _log.info("%s", state._summary())

@@ -260,7 +260,12 @@ def reduce_gradients(
             described = [(n, nn.Parameter(torch.empty(t.shape, dtype=t.dtype, device="meta"))) for n, t in tensors]
         elif not isinstance(params, nn.Module):
             described = named
-        known[key] = GradientAverager(described, codec, transport, **options), needed
+        try:
+            known[key] = GradientAverager(described, codec, transport, **options), needed
+        except Exception as error:
+            if before is not None:  # other ranks have failed, perhaps with theirs
+                before[0]._failed = error
+            raise
         if before is not None:  # parameters were frozen or thawed; steps are counted on
             known[key][0].load_state_dict(before[0].state_dict())
     averager: GradientAverager = known[key][0]

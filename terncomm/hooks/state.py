@@ -78,6 +78,8 @@ class CommState(Averaging):
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer()
         if self._connection is None:
+            if self._in_levels:
+                raise RuntimeError("this CommState was copied, without its intra_group: call terncomm.register anew")
             group = self._group or dist.distributed_c10d._get_default_group()
             self._connect(connect(group, buffer.device, self._configuration()))
         assert self._connection is not None

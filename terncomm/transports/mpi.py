@@ -1,6 +1,7 @@
 """An MPI communicator as a transport. mpi4py is imported when a transport is made, not before."""
 
 import atexit
+import os
 import sys
 import threading
 import time
@@ -193,7 +194,11 @@ def _abort_on_exception(mpi: Any) -> None:
 
     sys.excepthook, threading.excepthook = hook, hook_in_thread
 
+    process = os.getpid()
+
     def leave() -> None:
+        if os.getpid() != process:  # a forked child is no rank
+            return
         if _pending:
             abort()
         elif mpi.Is_initialized() and not mpi.Is_finalized():
