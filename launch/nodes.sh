@@ -16,7 +16,8 @@ number() { [[ "$2" =~ ^[0-9]+$ ]] || fail "$1 must be a number, got '$2'"; }
 nodes="$1" node="$2" master="${3%:*}" port=29500
 [[ "$3" != *:* ]] || port="${3##*:}"
 shift 3
-number NODES "$nodes" && number NODE "$node" && number PORT "$port" && number RESTARTS "${RESTARTS:-0}" && number MIN_NODES "${MIN_NODES:-1}"
+number NODES "$nodes" && number NODE "$node" && number PORT "$port"
+number RESTARTS "${RESTARTS:-0}" && number MIN_NODES "${MIN_NODES:-1}"
 [ "$node" -lt "$nodes" ] || fail "NODE must be below NODES=$nodes, got $node"
 [ -f "$1" ] || fail "there is no script $1 on $(hostname)"
 
