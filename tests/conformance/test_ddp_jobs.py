@@ -5,6 +5,7 @@ Functions up to the tests run on ranks, in processes joined by gloo.
 
 import copy
 import shutil
+from contextlib import nullcontext
 from unittest import mock
 
 import oracle
@@ -168,9 +169,13 @@ def _compiled(codec, how, name):
 
 
 def steps_of(model, network):
+    """Gradients of four steps, of which two accumulate those of two batches."""
     told = []
     for step in range(4):
         model.zero_grad()
+        if step % 2:
+            with getattr(model, "no_sync", nullcontext)():
+                loss_of(model(batch(10 + step))).backward()
         loss_of(model(batch(step))).backward()
         told.append(oracle.gradients(network))
     return told
