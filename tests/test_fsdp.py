@@ -385,15 +385,19 @@ def test_it_is_switched_off_and_on(on_ranks):
     on_ranks(2, switched)
 
 
-def one_rank_fails():
-    model = sharded()
+def failing(model, rank):
+    """What is raised here when encoding breaks on one rank."""
     state = terncomm.register(model, "int8")
     backward(model, 0)
-    if dist.get_rank() == 1:
+    if dist.get_rank() == rank:
         state.codec = "broken"
     with pytest.raises(Exception) as caught:  # noqa: PT011 - each rank has its own
         backward(model, 1)
     return str(caught.value)
+
+
+def one_rank_fails():
+    return failing(sharded(), 1)
 
 
 def test_a_rank_that_fails_is_named_to_the_others(on_ranks):

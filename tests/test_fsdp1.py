@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import quietly
-from test_fsdp import Block, backward, network, sharded
+from test_fsdp import Block, backward, failing, network, sharded
 from test_fsdp import whole as gathered_by_fsdp2
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
@@ -272,14 +272,7 @@ def test_what_is_not_taken(on_ranks):
 
 
 def one_rank_fails():
-    model = flat()
-    state = terncomm.register(model, "int8")
-    backward(model, 0)
-    if dist.get_rank() == 1:
-        state.codec = "broken"
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - each rank has its own
-        backward(model, 1)
-    return str(caught.value)
+    return failing(flat(), 1)
 
 
 def test_a_rank_that_fails_is_named_to_the_others(on_ranks):
