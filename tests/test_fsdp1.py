@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import quietly
-from test_fsdp import Block, backward, failing, network, sharded
+from test_fsdp import Block, backward, compared_with_ddp, failing, network, sharded
 from test_fsdp import whole as gathered_by_fsdp2
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
@@ -48,20 +48,7 @@ def whole(model):
 
 
 def as_ddp(strategy, codec, use_orig_params):
-    """Gradients are DDP's bit for bit, over four steps of which the first is exact."""
-    plain, model = DistributedDataParallel(network()), flat(strategy, use_orig_params=use_orig_params)
-    options = {"seed": 5, "warmup_steps": 1, "skip": ["two.up"]}
-    terncomm.register(plain, codec, **options)
-    state = terncomm.register(model, codec, **options)
-    for step in range(4):
-        backward(plain, step)
-        backward(model, step)
-        found = whole(model)
-        assert len(found) == len(list(plain.parameters()))
-        for name, gradient in found.items():
-            wanted = plain.get_parameter(f"module.{name}").grad
-            assert torch.equal(gradient, wanted), (step, name)
-    return state.stats()
+    return compared_with_ddp(flat(strategy, use_orig_params=use_orig_params), codec, whole)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -259,7 +260,7 @@ class Averaging:
         coded, exact = self._layout(buffer, parameters)
         coding = transport if self._levels is None else self._levels.between
         if not self._enabled or self._step < self.warmup_steps or coding.world_size == 1:
-            coded, exact = Segments(()), Segments([buffer.numel()])
+            coded, exact = _nothing_coded(buffer.numel())
 
         def work() -> torch.Tensor:
             self._run(buffer, coded, exact, key, transport)
@@ -370,6 +371,12 @@ class Averaging:
             "is far from Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; "
             "state.stats() has the share of every layer (clip_norm_lost/...)."
         )
+
+
+@lru_cache(maxsize=1024)
+def _nothing_coded(numel: int) -> tuple[Segments, Segments]:
+    """The layers of a bucket in which nothing is coded: the same objects each time, by which layouts are cached."""
+    return Segments(()), Segments([numel])
 
 
 def _count(name: str, value: int) -> int:

@@ -14,5 +14,6 @@ def check_not_alone(world_size: int, library: str, advice: str) -> None:
     if world_size > 1:
         return
     for name in _SIZES:
-        if os.environ.get(name, "1").isdigit() and (started := int(os.environ.get(name, "1"))) > 1:
+        started = os.environ.get(name, "1")
+        if started.isdigit() and int(started) > 1:
             raise ValueError(f"a launcher has started {started} processes ({name}), but {library} sees one: {advice}")
