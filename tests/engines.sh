@@ -10,4 +10,5 @@ cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 python -c "import horovod.torch, lightning, accelerate, transformers, tensorboard" # else their tests would be skipped
 exec pytest \
-    tests/test_horovod.py tests/test_frameworks.py tests/test_mpi.py tests/test_watch.py tests/test_launch.py "$@"
+    tests/test_horovod.py tests/test_frameworks.py tests/test_mpi.py tests/test_golden.py tests/test_watch.py \
+    tests/test_launch.py "$@"

@@ -12,6 +12,7 @@ from pathlib import Path
 import horovod.torch as hvd
 import pytest
 import torch
+from golden import BUCKET_CAP_MB, cases
 from laws import octets, rows_in_rank_order
 from mpi_job import network
 
@@ -75,6 +76,17 @@ def digest(codec, bucket_cap_mb=25.0):
             found.update(gradient.numpy().tobytes())
     assert optimizer.averager.stats()["steps"] == 3
     return found.hexdigest()
+
+
+def golden():
+    """Digests of every case of this world, by its entry."""
+    found = {}
+    for case in cases(hvd.size()):
+        model = case.network()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = DistributedOptimizer(sgd, model, bucket_cap_mb=BUCKET_CAP_MB, **case.options)
+        found[case.entry] = case.run(hvd.rank(), model, optimizer.step)
+    return found
 
 
 def weights_stay_together():
@@ -329,7 +341,7 @@ def main():
     torch.set_num_threads(1)
     hvd.init()
     folder, what, *arguments = sys.argv[1:]
-    known = {each.__name__: each for each in (digest, semantics, raises, killed, silent)}
+    known = {each.__name__: each for each in (digest, golden, semantics, raises, killed, silent)}
     result = known[what](*arguments)
     assert not torch.distributed.is_initialized()
     Path(folder, str(hvd.rank())).write_text(json.dumps(result))

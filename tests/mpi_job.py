@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from golden import loops
 from laws import octets, rows_in_rank_order
 from test_loop import reduce_otherwise
 from torch import nn
@@ -120,6 +121,7 @@ def main():
     result = {
         "conformance": conformance,
         "digest": digest,
+        "golden": loops,
         "otherwise": reduce_otherwise,
         "leaves": leaves,
         "raises": raises,
