@@ -7,10 +7,21 @@ layer. Rounding noise is keyed by those two, so it does not change with how a bu
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 MAX_LAYER_NUMEL = 2**32
+
+
+class Columns(NamedTuple):
+    """The numbers of segments as tensors on one device, all int64; see the properties of :class:`Segments`."""
+
+    offsets: torch.Tensor  # (L,)
+    starts: torch.Tensor  # (L + 1,): where each piece begins in dense order, and where the last one ends
+    bases: torch.Tensor  # (L,)
+    lengths: torch.Tensor  # (L,)
+    layers: torch.Tensor  # (L,)
 
 
 class Segments:
@@ -70,6 +81,7 @@ class Segments:
         self.numel = int(self.starts[-1])
         self._blocks: dict[int, Segments] = {}
         self._windows: dict[tuple[int, int], Segments] = {}
+        self._on: dict[torch.device, Columns] = {}
 
     @classmethod
     def _of(cls, table: torch.Tensor) -> "Segments":
@@ -96,6 +108,13 @@ class Segments:
     def bases(self) -> torch.Tensor:
         """(L,) int64: the index inside its layer of each piece's first element."""
         return self.table[3]
+
+    def on(self, device: torch.device) -> Columns:
+        """The columns on `device`: copied there once, and kept."""
+        if device not in self._on:
+            columns = self.offsets, self.starts, self.bases, self.lengths, self.layers
+            self._on[device] = Columns(*(column.to(device) for column in columns))
+        return self._on[device]
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

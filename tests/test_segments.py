@@ -72,3 +72,14 @@ def test_equality_and_hash():
     assert Segments([1, 2]) == Segments([1, 2], offsets=[0, 1])
     assert hash(Segments([1, 2])) == hash(Segments([1, 2], offsets=[0, 1]))
     assert Segments([1, 2]) != Segments([1, 2], layers=[0, 5])
+
+
+def test_columns_are_put_on_a_device_once():
+    segments = Segments([3, 0, 5], offsets=[1, 4, 6], layers=[4, 5, 9], bases=[0, 2, 0])
+    here = segments.on(torch.device("cpu"))
+    assert here.starts.tolist() == [0, 3, 3, 8]
+    for name in ("offsets", "bases", "lengths", "layers", "starts"):
+        assert torch.equal(getattr(here, name), getattr(segments, name))
+    there = segments.on(torch.device("meta"))
+    assert {column.device.type for column in there} == {"meta"}
+    assert segments.on(torch.device("meta")) is there
