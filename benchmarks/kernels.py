@@ -30,30 +30,35 @@ def kernels() -> dict[str, tuple[float, Callable[[], object]]]:
     ternary, int8 = Ternary(clip=2.5), Int8(block=2048)
     limit = ternary.measure(x, layers)
     to_codes = ternary.rounding(layers, limit, limit, Key(0), rank=0, world_size=4)
-    codes_packing = packing_for(-1, 1)
-    packed = torch.empty(codes_packing.nbytes(NUMEL), dtype=torch.uint8)
-
+    three, byte = packing_for(-1, 1), packing_for(-127, 127)
     blocks = int8.scaled(layers)
     peaks = int8.measure(x, blocks)
     to_bytes = int8.rounding(blocks, peaks, peaks, Key(0), rank=0, world_size=4)
-    octets = torch.empty(NUMEL, dtype=torch.uint8)
-    where = (layers, ternary.unit(limit, 4), 0, NUMEL, NUMEL, out)
+    unit = ternary.unit(limit, 4)
 
     todo: dict[str, tuple[float, Callable[[], object]]] = {
         "limit with sigma": (1.3, lambda: ternary.measure(x, layers)),
-        "ternary encode + pack": (
-            1.6,
-            lambda: ops.encode_pack(x, layers, to_codes, codes_packing, 0, NUMEL, packed),
-        ),
         "int8 block peaks": (1.3, lambda: int8.measure(x, blocks)),
-        "int8 encode": (1.6, lambda: ops.encode_pack(x, blocks, to_bytes, packing_for(-127, 127), 0, NUMEL, octets)),
-        "ternary unpack + decode": (1.0, lambda: ops.unpack_decode(packed[None], codes_packing, *where)),
     }
-    ops.encode_pack(x, layers, to_codes, codes_packing, 0, NUMEL, packed)
-    ops.encode_pack(x, blocks, to_bytes, packing_for(-127, 127), 0, NUMEL, octets)
-    both, byte, unit = torch.stack([octets, octets]), packing_for(-127, 127), int8.unit(peaks, 2)
-    todo["int8 sum + decode, W = 2"] = (3.0, lambda: ops.unpack_decode(both, byte, blocks, unit, 0, NUMEL, NUMEL, out))
-    todo["int8 sum of a row, W = 4"] = (1.0, lambda: ops.unpack_sum(octets.view(4, -1), byte, NUMEL // 4))
+    for row_count in (1, 4):
+        row = NUMEL // row_count
+        edges = range(0, NUMEL + 1, row)
+        codes = torch.empty(row_count, three.nbytes(row), dtype=torch.uint8)
+        octets = torch.empty(row_count, byte.nbytes(row), dtype=torch.uint8)
+        coded, decoded = (x, layers, to_codes, three, edges, row, codes), (codes, three, layers, unit, edges, row, out)
+        bytes_coded = x, blocks, to_bytes, byte, edges, row, octets
+        ops.encode_pack(*coded)
+        ops.encode_pack(*bytes_coded)
+        rows = "" if row_count == 1 else f", {row_count} rows"
+        todo |= {
+            f"ternary encode + pack{rows}": (1.6, lambda coded=coded: ops.encode_pack(*coded)),
+            f"int8 encode{rows}": (1.6, lambda coded=bytes_coded: ops.encode_pack(*coded)),
+            f"ternary unpack + decode{rows}": (1.0, lambda decoded=decoded: ops.decode_rows(*decoded)),
+        }
+    where = (layers, unit, 0, NUMEL, NUMEL, out)
+    both, half = octets.view(1, -1).repeat(2, 1), int8.unit(peaks, 2)
+    todo["int8 sum + decode, W = 2"] = (3.0, lambda: ops.unpack_decode(both, byte, blocks, half, 0, NUMEL, NUMEL, out))
+    todo["int8 sum of a row, W = 4"] = (1.0, lambda: ops.unpack_sum(octets, byte, NUMEL // 4))
     for world_size in (4, 8):
         sums = torch.randint(-world_size, world_size + 1, (NUMEL,), dtype=torch.int32)
         packing = packing_for(-world_size, world_size)

@@ -274,7 +274,7 @@ def all_reduce_mean(
 
     def fill(row: int, out: torch.Tensor) -> None:
         with clock("encode", key):
-            ops.encode_pack(flat, scaled, how, plan.packing, plan.rows[row][0], plan.packed_length, out)
+            ops.encode_pack(flat, scaled, how, plan.packing, plan.rows[row], plan.packed_length, out[None])
 
     with clock("exchange", key):
         values = along.take(flat)

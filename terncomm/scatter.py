@@ -290,9 +290,7 @@ def reduce_scatter(
         with clock("encode", key):
             scale = cut.scale.to(flat.device)
             how = codec.rounding(cut.pieces, local[scale], shared[scale], key, rank=rank, world_size=world_size)
-            for row, begin in enumerate(cut.edges[:-1]):
-                # What a shorter row lacks is filled up with codes of the next one, which nobody reads.
-                ops.encode_pack(flat, cut.pieces, how, packing, begin, cut.length, message[row, :nbytes])
+            ops.encode_pack(flat, cut.pieces, how, packing, cut.edges, cut.length, message[:, :nbytes])
         message[:, nbytes:] = octets
     else:
         message = octets

@@ -30,8 +30,8 @@ def by_definition(codec, gradients, segments, key):
     if getattr(codec, "returned", "exact") == "int8" and world_size > 2:
         pieces = scaled.blocks(256)
         keys = key.streams(pieces.layers, rank=2**32 - 1, world_size=world_size)
-        codes, divisor = reference.narrow(total, pieces, keys)
-        total = reference.widen(codes, pieces, divisor)
+        codes, divisor = reference.narrow(total, pieces, keys, 127)
+        total = reference.widen(codes, pieces, divisor, 127)
     out = gradients[0].clone()
     reference.decode(total, scaled, reference.split_unit(shared.double() / (codec.levels * world_size)), 0, out)
     return out

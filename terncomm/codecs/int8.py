@@ -12,6 +12,7 @@ from terncomm.segments import Segments
 from terncomm.wire import SumFormat
 
 _NARROW = 256  # elements that share a divisor on the way back
+_TOP = 127  # the largest code on the way back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class _NarrowSums:
     def pack(self, row: int, totals: torch.Tensor) -> torch.Tensor:
         window = self._window(row)
         keys = self._key.streams(window.layers, rank=NO_RANK, world_size=self._world_size)
-        codes, divisors = ops.narrow(totals, window, keys.to(totals.device))
+        codes, divisors = ops.narrow(totals, window, keys.to(totals.device), _TOP)
         out = torch.zeros(self.nbytes, dtype=torch.uint8, device=totals.device)
         out[: len(codes)] = codes
         self._octets(out, window).copy_(torch.stack([divisors & 0xFF, divisors >> 8], dim=1)[:, : self._width])
@@ -105,7 +106,7 @@ class _NarrowSums:
         window = self._window(row)
         octets = self._octets(packed, window).to(torch.int32)
         divisors = octets[:, 0] if self._width == 1 else octets[:, 0] | octets[:, 1] << 8
-        return ops.widen(packed[: window.numel], window, divisors.contiguous())
+        return ops.widen(packed[: window.numel], window, divisors.contiguous(), _TOP)
 
     def _window(self, row: int) -> Segments:
         if row not in self._windows:

@@ -1,24 +1,27 @@
 """The kernels, and the only place that chooses between their implementations.
 
-`reference` defines every kernel in plain torch. CPU tensors take the Numba kernels of `cpu`; other devices take the
-reference. Where Numba cannot be imported the reference serves the CPU too, after one warning: it is some 80 times
-slower.
+`reference` defines every kernel in plain torch. A table gives each device type a back end; what a back end lacks, and
+device types without one, the reference serves. The CPU has the Numba kernels of `cpu`, device type "meta" the shapes of
+`shapes`, and :func:`use` registers others. Where Numba cannot be imported the reference serves the CPU too, after one
+warning: it is some 80 times slower.
 """
 
 import importlib
+import itertools
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from terncomm.ops import reference
+from terncomm.ops import reference, shapes
 from terncomm.ops.reference import clip_limit, rounding, split_unit
 from terncomm.ops.types import Packing, Rounding
 from terncomm.segments import Segments
@@ -29,6 +32,7 @@ __all__ = [
     "clip_limit",
     "compile_kernels",
     "decode",
+    "decode_rows",
     "encode",
     "encode_pack",
     "moments",
@@ -39,6 +43,7 @@ __all__ = [
     "split_unit",
     "unpack_decode",
     "unpack_sum",
+    "use",
     "widen",
 ]
 
@@ -116,45 +121,128 @@ def compile_kernels() -> ModuleType:
     return module
 
 
-def _for(tensor: torch.Tensor) -> ModuleType:
-    return compile_kernels() if tensor.device.type == "cpu" else reference
+class _Kernels:
+    """The back end of the CPU: `cpu`, or `reference` without Numba; compiled when a function is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(compile_kernels(), name)
+
+
+_back_ends: dict[str, object] = {"cpu": _Kernels(), "meta": shapes}
+_found: dict[tuple[str, str], Callable[..., Any]] = {}  # by device type and name, until a back end changes
+_told: set[tuple[str, str]] = set()
+
+
+def use(device_type: str, back_end: object | None) -> object | None:
+    """Let `back_end` serve the tensors of a device type, such as "cuda"; returns what did before, for another call.
+
+    A back end is a module or an object with some of the functions of :mod:`terncomm.ops.reference`, of the same
+    arguments. What it lacks the reference does. `None`: the reference does everything.
+
+    >>> class Mine:
+    ...     def peaks(self, flat, segments):
+    ...         return torch.zeros(len(segments))
+    >>> before = use("cpu", Mine())
+    >>> peaks(torch.ones(4), Segments([4]))
+    tensor([0.])
+    >>> mine = use("cpu", before)
+    """
+    before = _back_ends.pop(device_type, None)
+    if back_end is not None:
+        _back_ends[device_type] = back_end
+    _found.clear()
+    return before
+
+
+def _function(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that serves the device of `tensor`."""
+    device_type = tensor.device.type
+    function = _found.get((device_type, name))
+    if function is None:
+        function = getattr(_back_ends.get(device_type), name, None)
+        if function is None:
+            function = getattr(reference, name)
+            _tell_fallback(device_type, name)
+        _found[device_type, name] = function
+    return function
+
+
+def _tell_fallback(device_type: str, name: str) -> None:
+    """Log once that plain torch does what a device has no kernel for; the CPU says it of all its kernels at once."""
+    if device_type in ("cpu", "meta") or (device_type, name) in _told:
+        return
+    _told.add((device_type, name))
+    _log.warning(
+        "no kernel for %s on %s: plain torch does it, in some 30 passes over the gradients instead of one",
+        name,
+        device_type,
+    )
+
+
+def _check_rows(rows: torch.Tensor, how: Packing, segments: Segments, edges: Sequence[int], length: int) -> None:
+    """Raise a ValueError unless rows have room for `length` codes, and these for what lies between edges."""
+    if len(edges) != len(rows) + 1 or rows.shape[1] < how.nbytes(length):
+        raise ValueError(
+            f"{len(edges)} edges and {length} codes a row want {len(edges) - 1} rows of {how.nbytes(length)} bytes, "
+            f"got {tuple(rows.shape)}"
+        )
+    fits = all(0 <= end - begin <= length for begin, end in itertools.pairwise(edges))
+    if not fits or edges[0] < 0 or edges[-1] > segments.numel:
+        raise ValueError(
+            f"edges must rise from 0 or more to at most {segments.numel}, by at most {length}, got {list(edges)}"
+        )
+
+
+def _check_top(top: int) -> None:
+    if not 1 <= top <= 127:
+        raise ValueError(f"code + top is kept in 8 bits: top must be in 1..127, got {top}")
 
 
 def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.peaks`."""
-    return _for(flat).peaks(flat, segments)  # type: ignore[no-any-return]
+    return _function("peaks", flat)(flat, segments)  # type: ignore[no-any-return]
 
 
 def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`terncomm.ops.reference.moments`."""
-    return _for(flat).moments(flat, segments)  # type: ignore[no-any-return]
+    return _function("moments", flat)(flat, segments)  # type: ignore[no-any-return]
 
 
 def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.encode`."""
-    return _for(flat).encode(flat, segments, how)  # type: ignore[no-any-return]
+    return _function("encode", flat)(flat, segments, how)  # type: ignore[no-any-return]
 
 
 def encode_pack(
-    flat: torch.Tensor, segments: Segments, how: Rounding, packing: Packing, begin: int, length: int, out: torch.Tensor
+    flat: torch.Tensor,
+    segments: Segments,
+    how: Rounding,
+    packing: Packing,
+    edges: Sequence[int],
+    length: int,
+    out: torch.Tensor,
 ) -> None:
     """See :func:`terncomm.ops.reference.encode_pack`."""
-    _for(flat).encode_pack(flat, segments, how, packing, begin, length, out)
+    _check_rows(out, packing, segments, edges, length)
+    out = out[:, : packing.nbytes(length)]
+    _function("encode_pack", flat)(flat, segments, how, packing, edges, length, out)
 
 
-def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:
+def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.pack`."""
-    return _for(codes).pack(codes, how)  # type: ignore[no-any-return]
+    if out is not None and out.shape != (how.nbytes(len(codes)),):
+        raise ValueError(f"{len(codes)} codes take {how.nbytes(len(codes))} bytes, got room for {tuple(out.shape)}")
+    return _function("pack", codes)(codes, how, out)  # type: ignore[no-any-return]
 
 
 def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.unpack_sum`."""
-    return _for(rows).unpack_sum(rows, how, count)  # type: ignore[no-any-return]
+    return _function("unpack_sum", rows)(rows, how, count)  # type: ignore[no-any-return]
 
 
 def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: int, out: torch.Tensor) -> None:
     """See :func:`terncomm.ops.reference.decode`."""
-    _for(out).decode(totals, segments, unit, begin, out)
+    _function("decode", out)(totals, segments, unit, begin, out)
 
 
 def unpack_decode(
@@ -168,14 +256,30 @@ def unpack_decode(
     out: torch.Tensor,
 ) -> None:
     """See :func:`terncomm.ops.reference.unpack_decode`."""
-    _for(out).unpack_decode(rows, how, segments, unit, begin, end, length, out)
+    _function("unpack_decode", out)(rows, how, segments, unit, begin, end, length, out)
 
 
-def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_rows(
+    rows: torch.Tensor,
+    how: Packing,
+    segments: Segments,
+    unit: torch.Tensor,
+    edges: Sequence[int],
+    length: int,
+    out: torch.Tensor,
+) -> None:
+    """See :func:`terncomm.ops.reference.decode_rows`."""
+    _check_rows(rows, how, segments, edges, length)
+    _function("decode_rows", out)(rows, how, segments, unit, edges, length, out)
+
+
+def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`terncomm.ops.reference.narrow`."""
-    return _for(totals).narrow(totals, window, keys)  # type: ignore[no-any-return]
+    _check_top(top)
+    return _function("narrow", totals)(totals, window, keys, top)  # type: ignore[no-any-return]
 
 
-def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor) -> torch.Tensor:
+def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor, top: int) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.widen`."""
-    return _for(codes).widen(codes, window, divisor)  # type: ignore[no-any-return]
+    _check_top(top)
+    return _function("widen", codes)(codes, window, divisor, top)  # type: ignore[no-any-return]

@@ -8,6 +8,9 @@ Arguments shared by the kernels (see :class:`terncomm.ops.reference.Rounding`):
     offsets, starts, bases: (L,), (L + 1,), (L,) int64; a segment's place in the flat buffer, in the dense order of
         coded elements, and inside its layer.
     limit, lift, scale: (L,) float32; keys: (L, 2) uint32.
+    memory, stride: rows of bytes; row r begins at memory[r * stride]. A two-dimensional array with such a stride would
+        not be contiguous for Numba, which then does not vectorise.
+    edges: (R + 1,) int64; row r holds the dense elements [edges[r], edges[r + 1]).
 """
 
 import numba
@@ -208,38 +211,39 @@ def _largest_power(radix, bound):
     return power, exponent
 
 
-@_jit("void(uint8[:, ::1], int64, int64, int32, int64, int64, int64, uint32[::1], uint64[::1], int32[::1])")
-def _sum_block(rows, word, width, low, radix, digits, word_bytes, cur, wide, block):
-    """The sum over rows of the codes in the words at `word`, dense in `block`."""
-    bias = I32(low * I32(rows.shape[0]))
+@_jit("void(uint8[::1], int64, int64, int64, int64, int32, int64, int64, int64, uint32[::1], uint64[::1], int32[::1])")
+def _sum_block(memory, stride, count, word, width, low, radix, digits, word_bytes, cur, wide, block):
+    """The sum over `count` rows of the codes in the words at `word`, dense in `block`."""
+    bias = I32(low * I32(count))
     # Words beyond 16 bits are divided into parts below 2^31 (64-bit integers), those into parts below 2^21 (float64).
     part, part_digits = _largest_power(radix, 1 << 31)
     short, short_digits = _largest_power(radix, 1 << 21)
     rest = wide[GROUP:].view(np.uint32)
     inverse, half, size = F64(1.0) / F64(short), F64(0.5), U32(short)
-    for r in range(rows.shape[0]):
+    for r in range(count):
+        at = r * (stride // word_bytes) + word
         if word_bytes == 1:
             if width == GROUP:
                 for j in range(GROUP):
-                    cur[j] = U32(rows[U64(r), U64(word) + U64(j)])
+                    cur[j] = U32(memory[U64(at) + U64(j)])
             else:
                 for j in range(width):
-                    cur[j] = U32(rows[U64(r), U64(word) + U64(j)])
+                    cur[j] = U32(memory[U64(at) + U64(j)])
             _peel(cur, radix, digits, r == 0, bias, block, 0)
         elif word_bytes == 2:
-            packed16 = rows[r].view(np.uint16)
+            packed16 = memory.view(np.uint16)
             for j in range(width):
-                cur[j] = U32(packed16[U64(word) + U64(j)])
+                cur[j] = U32(packed16[U64(at) + U64(j)])
             _peel(cur, radix, digits, r == 0, bias, block, 0)
         else:
             if word_bytes == 4:
-                packed32 = rows[r].view(np.uint32)
+                packed32 = memory.view(np.uint32)
                 for j in range(width):
-                    wide[j] = U64(packed32[U64(word) + U64(j)])
+                    wide[j] = U64(packed32[U64(at) + U64(j)])
             else:
-                packed64 = rows[r].view(np.uint64)
+                packed64 = memory.view(np.uint64)
                 for j in range(width):
-                    wide[j] = packed64[U64(word) + U64(j)]
+                    wide[j] = packed64[U64(at) + U64(j)]
             done = 0
             while done < digits:
                 if digits - done > part_digits:
@@ -252,13 +256,13 @@ def _sum_block(rows, word, width, low, radix, digits, word_bytes, cur, wide, blo
                         rest[j] = U32(wide[j])
                 stop = min(done + part_digits, digits)
                 while done < stop:
-                    count = min(short_digits, stop - done)
+                    some = min(short_digits, stop - done)
                     for j in range(GROUP):
                         quotient32 = U32(I32((F64(I32(rest[j])) + half) * inverse))
                         cur[j] = U32(rest[j] - U32(quotient32 * size))
                         rest[j] = quotient32
-                    _peel(cur, radix, count, r == 0, bias, block, done)
-                    done += count
+                    _peel(cur, radix, some, r == 0, bias, block, done)
+                    done += some
     if width < GROUP:
         _squeeze(block, width, digits)
 
@@ -285,7 +289,7 @@ def pack(codes, low, radix, digits, word_bytes, out):
 
 
 @_jit(f"void(float32[::1], {_LAYOUT}, {_FACTORS}, int32, int64, int64, int64, int32, int64, int64, int64, uint8[::1])")
-def encode_pack(
+def _encode_row(
     flat, offsets, starts, bases, limit, lift, scale, keys, top, begin, end, length, low, radix, digits, word_bytes, out
 ):
     """`pack` of the codes of dense elements [begin, end), padded with the code 0 to `length`."""
@@ -325,40 +329,67 @@ def encode_pack(
         done += size
 
 
+@_jit(
+    f"void(float32[::1], {_LAYOUT}, {_FACTORS}, int32, int64[::1], int64, int64, int32, int64, int64, int64,"
+    "uint8[::1], int64)"
+)
+def encode_pack(
+    flat, offsets, starts, bases, limit, lift, scale, keys, top,
+    edges, first, last, low, radix, digits, word_bytes, memory, stride,
+):  # fmt: skip
+    """`pack` of the codes [first, last) of every row, padded with the code 0; `first` lies at a block edge."""
+    nbytes = (last - first + digits - 1) // digits * word_bytes
+    for r in range(len(edges) - 1):
+        begin, end = min(edges[r] + first, edges[r + 1]), min(edges[r] + last, edges[r + 1])
+        row = memory[r * stride : r * stride + nbytes]
+        if digits == 1 and word_bytes == 1:
+            encode_bytes(
+                flat, offsets, starts, bases, limit, lift, scale, keys, top, begin, end, I32(-low), row[: end - begin]
+            )
+            for i in range(end - begin, nbytes):
+                row[i] = U8(I32(-low))
+        else:
+            _encode_row(
+                flat, offsets, starts, bases, limit, lift, scale, keys, top,
+                begin, end, last - first, low, radix, digits, word_bytes, row,
+            )  # fmt: skip
+
+
 @_inline
-def _sum_bytes(rows, begin, count, bias, out, at):
+def _sum_bytes(memory, stride, rows, begin, count, bias, out, at):
     """Bytes [begin, begin + count) of every row, added up, plus `bias` -> out[at : at + count]."""
     whole = count - count % GROUP
-    for r in range(rows.shape[0]):
+    for r in range(rows):
+        source = r * stride + begin
         if r == 0:
             for i in range(0, whole, GROUP):
                 for j in range(GROUP):
-                    out[U64(at + i) + U64(j)] = I32(I32(rows[0, U64(begin + i) + U64(j)]) + bias)
+                    out[U64(at + i) + U64(j)] = I32(I32(memory[U64(source + i) + U64(j)]) + bias)
             for i in range(whole, count):
-                out[at + i] = I32(I32(rows[0, begin + i]) + bias)
+                out[at + i] = I32(I32(memory[source + i]) + bias)
         else:
             for i in range(0, whole, GROUP):
                 for j in range(GROUP):
-                    out[U64(at + i) + U64(j)] += I32(rows[U64(r), U64(begin + i) + U64(j)])
+                    out[U64(at + i) + U64(j)] += I32(memory[U64(source + i) + U64(j)])
             for i in range(whole, count):
-                out[at + i] += I32(rows[r, begin + i])
+                out[at + i] += I32(memory[source + i])
 
 
-@_jit("void(uint8[:, ::1], int32, int64, int64, int64, int32[::1])")
-def unpack_sum(rows, low, radix, digits, word_bytes, out):
-    """Packed rows (R, k) -> the sum over rows of their codes, (m,)."""
+@_jit("void(uint8[::1], int64, int64, int32, int64, int64, int64, int32[::1])")
+def unpack_sum(memory, stride, rows, low, radix, digits, word_bytes, out):
+    """The sum over `rows` packed rows of their codes, (m,)."""
     length = len(out)
     if digits == 1 and word_bytes == 1:
         for begin in range(0, length, BYTES):
             count = min(length - begin, I64(BYTES))
-            _sum_bytes(rows, begin, count, I32(low * I32(rows.shape[0])), out, begin)
+            _sum_bytes(memory, stride, rows, begin, count, I32(low * I32(rows)), out, begin)
         return
     block = np.empty(digits * GROUP, np.int32)
     cur, wide = np.zeros(GROUP, np.uint32), np.zeros(2 * GROUP, np.uint64)
     begin = 0
     while begin < length:
         width = _plane_width(length, begin, digits)
-        _sum_block(rows, begin // digits, width, low, radix, digits, word_bytes, cur, wide, block)
+        _sum_block(memory, stride, rows, begin // digits, width, low, radix, digits, word_bytes, cur, wide, block)
         for i in range(min(length - begin, digits * width)):
             out[U64(begin) + U64(i)] = block[i]
         begin += digits * width
@@ -393,13 +424,13 @@ def decode(totals, offsets, starts, unit, begin, end, out):
 
 
 @_inline
-def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, drop, at, out):
+def _decode_five(memory, word, low, radix, word_bytes, cur, high, rest, drop, at, out):
     """A whole block of one row, five short digits a word, inside one segment: unpacked and decoded in one pass."""
     if word_bytes == 1:
         for j in range(GROUP):
-            cur[j] = U32(rows[0, U64(word) + U64(j)])
+            cur[j] = U32(memory[U64(word) + U64(j)])
     else:
-        packed16 = rows[0].view(np.uint16)
+        packed16 = memory.view(np.uint16)
         for j in range(GROUP):
             cur[j] = U32(packed16[U64(word) + U64(j)])
     base, bias, inverse, half = F32(radix), F32(low), F32(1.0) / F32(radix), F32(0.5)
@@ -419,10 +450,10 @@ def _decode_five(rows, word, low, radix, word_bytes, cur, high, rest, drop, at, 
 
 
 @_jit(
-    "void(uint8[:, ::1], int32, int64, int64, int64, int64[::1], int64[::1], float32[:, ::1],"
+    "void(uint8[::1], int64, int64, int32, int64, int64, int64, int64[::1], int64[::1], float32[:, ::1],"
     "int64, int64, int64, float32[::1])"
 )
-def unpack_decode(rows, low, radix, digits, word_bytes, offsets, starts, unit, begin, end, length, out):
+def unpack_decode(memory, stride, rows, low, radix, digits, word_bytes, offsets, starts, unit, begin, end, length, out):
     """`decode` of `unpack_sum`, a block at a time; the rows hold `length` codes each, from dense element `begin`."""
     if begin >= end:
         return
@@ -431,14 +462,14 @@ def unpack_decode(rows, low, radix, digits, word_bytes, offsets, starts, unit, b
         s = _find(starts, begin)
         for at in range(begin, end, BYTES):
             stop = min(at + BYTES, end)
-            _sum_bytes(rows, at - begin, stop - at, I32(low * I32(rows.shape[0])), totals, 0)
+            _sum_bytes(memory, stride, rows, at - begin, stop - at, I32(low * I32(rows)), totals, 0)
             while starts[s + 1] <= at:
                 s += 1
             _scale_out(totals, offsets, starts, unit, s, at, stop, out)
         return
     block = np.empty(digits * GROUP, np.int32)
     cur, wide = np.zeros(GROUP, np.uint32), np.zeros(2 * GROUP, np.uint64)
-    five = rows.shape[0] == 1 and digits == 5 and word_bytes <= 2
+    five = rows == 1 and digits == 5 and word_bytes <= 2
     s = _find(starts, begin)
     done = 0
     while begin + done < end:
@@ -448,11 +479,27 @@ def unpack_decode(rows, low, radix, digits, word_bytes, offsets, starts, unit, b
             s += 1
         if five and width == GROUP and stop <= starts[s + 1] and stop - begin - done == 5 * GROUP:
             at = U64(offsets[s] + begin + done - starts[s])
-            _decode_five(rows, done // digits, low, radix, word_bytes, cur, unit[0, s], unit[1, s], unit[2, s], at, out)
+            high, rest, drop = unit[0, s], unit[1, s], unit[2, s]
+            _decode_five(memory, done // digits, low, radix, word_bytes, cur, high, rest, drop, at, out)
         else:
-            _sum_block(rows, done // digits, width, low, radix, digits, word_bytes, cur, wide, block)
+            _sum_block(memory, stride, rows, done // digits, width, low, radix, digits, word_bytes, cur, wide, block)
             _scale_out(block, offsets, starts, unit, s, begin + done, stop, out)
         done += digits * width
+
+
+@_jit(
+    "void(uint8[::1], int64, int32, int64, int64, int64, int64[::1], int64[::1], float32[:, ::1],"
+    "int64[::1], int64, int64, float32[::1])"
+)
+def decode_rows(memory, stride, low, radix, digits, word_bytes, offsets, starts, unit, edges, first, last, out):
+    """`unpack_decode` of the codes [first, last) of every row on its own; `first` lies at a block edge."""
+    nbytes = (last - first + digits - 1) // digits * word_bytes
+    for r in range(len(edges) - 1):
+        begin, end = min(edges[r] + first, edges[r + 1]), min(edges[r] + last, edges[r + 1])
+        row = memory[r * stride : r * stride + nbytes]
+        unpack_decode(
+            row, nbytes, 1, low, radix, digits, word_bytes, offsets, starts, unit, begin, end, last - first, out
+        )
 
 
 @_jit("void(int32[::1], float32[::1], int64[::1], int64[::1], int64, int64, int32[::1], float64[::1], float64[::1])")
@@ -551,19 +598,19 @@ def peaks(bits, offsets, sizes, begin, end, out):
         out[s] = min(peak, _INF_BITS)
 
 
-@_jit("void(int32[::1], int64[::1], int64[::1], uint32[:, ::1], uint8[::1], int32[::1])")
-def narrow(totals, starts, bases, keys, codes, divisors):
-    """Totals (m,) of the segments [starts[s], starts[s + 1]) -> 8-bit codes + 127 and a divisor per segment."""
+@_jit("void(int32[::1], int64[::1], int64[::1], uint32[:, ::1], int32, uint8[::1], int32[::1])")
+def narrow(totals, starts, bases, keys, top, codes, divisors):
+    """Totals (m,) of the segments [starts[s], starts[s + 1]) -> 8-bit codes + top and a divisor per segment."""
     for s in range(len(starts) - 1):
         begin, end = starts[s], starts[s + 1]
         peak = I32(0)
         for i in range(begin, end):
             magnitude = abs(totals[i])
             peak = magnitude if magnitude > peak else peak
-        divisor = max((peak + I32(126)) // I32(127), I32(1))
+        divisor = max(I32(peak + I32(top - I32(1))) // top, I32(1))
         divisors[s] = divisor
         wide, inverse, half = U64(divisor), F64(1.0) / F64(divisor), F64(0.5)
-        shift = I32(divisor * 127)
+        shift = I32(divisor * top)
         k0, k1, counter = keys[s, 0], keys[s, 1], U32(bases[s])
         for i in range(end - begin):
             offset = I32((U64(_noise(U32(counter + U32(i)), k0, k1)) * wide) >> U64(24))
@@ -571,10 +618,10 @@ def narrow(totals, starts, bases, keys, codes, divisors):
             codes[U64(begin) + U64(i)] = U8(I32((F64(x) + half) * inverse))
 
 
-@_jit("void(uint8[::1], int64[::1], int32[::1], int32[::1])")
-def widen(codes, starts, divisors, out):
-    """Codes + 127 (m,) times the divisor of their segment -> (m,) int32."""
+@_jit("void(uint8[::1], int64[::1], int32[::1], int32, int32[::1])")
+def widen(codes, starts, divisors, top, out):
+    """Codes + top (m,), less top, times the divisor of their segment -> (m,) int32."""
     for s in range(len(starts) - 1):
         begin, divisor = starts[s], divisors[s]
         for i in range(starts[s + 1] - begin):
-            out[U64(begin) + U64(i)] = I32(I32(I32(codes[U64(begin) + U64(i)]) - I32(127)) * divisor)
+            out[U64(begin) + U64(i)] = I32(I32(I32(codes[U64(begin) + U64(i)]) - top) * divisor)

@@ -5,7 +5,7 @@ same bits wherever it is cut. Importing this module compiles what Numba's on-dis
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,7 +17,7 @@ from terncomm.ops import _numba as kernels
 from terncomm.ops.types import Packing, Rounding
 from terncomm.segments import Segments
 
-_PIECE = 1 << 18  # least number of elements worth a thread, and the most to unpack at a time
+_PIECE = 1 << 18  # least number of elements worth a thread
 _SCRATCH = 1 << 15  # elements of another type that are made float32 at a time
 
 
@@ -125,56 +125,106 @@ def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch
     return peak.view(torch.float32), total, square
 
 
+def _memory(rows: torch.Tensor) -> np.ndarray:
+    """Row 0 and everything from it to the end of the last row, without a copy; rows (R, k) that lie in a row each."""
+    length = (len(rows) - 1) * rows.stride(0) + rows.shape[1] if rows.numel() else 0
+    return rows.as_strided((length,), (1,)).numpy()
+
+
+def _aligned(rows: torch.Tensor, how: Packing) -> bool:
+    """Whether the words in which rows (R, k) are packed lie where the processor wants words."""
+    word = how.word_bytes
+    return word == 1 or not (rows.data_ptr() % word or (len(rows) > 1 and rows.stride(0) % word))
+
+
+def _readable(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
+    """The bytes of `count` codes in each row, where they are if kernels can read them there."""
+    nbytes = how.nbytes(count)
+    rows = rows if rows.shape[1] == nbytes else rows[:, :nbytes]
+    if (nbytes == 1 or rows.stride(1) == 1) and _aligned(rows, how):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _in_tiles(
+    work: Callable[[int, int, int, int], None], like: torch.Tensor, rows: int, length: int, unit: int
+) -> None:
+    """Call work(row, end row, begin, end) over codes [begin, end) of rows, cut at multiples of `unit` codes.
+
+    In torch's threads. Floats `like` float32 are worked on where they are: all rows at a time. Others are copied: work
+    is given at most _SCRATCH elements, a part of one row or some whole rows.
+    """
+    if like.dtype == torch.float32:
+        _in_pieces(lambda begin, end: work(0, rows, begin, end), length, unit, rows)
+        return
+    step = _scratch(like, length, unit)
+    if length > step:
+        tiles = [(row, row + 1, *cut) for row in range(rows) for cut in _cuts(0, length, step)]
+    else:
+        tiles = [(*cut, 0, length) for cut in _cuts(0, rows, step // max(length, 1))]
+
+    def several(begin: int, end: int) -> None:
+        for tile in tiles[begin:end]:
+            work(*tile)
+
+    _in_pieces(several, len(tiles), 1, min(step, rows * length))
+
+
+def _held(edges: np.ndarray, begin: int, end: int) -> tuple[int, int]:
+    """The dense elements that a tile holds: codes [begin, end) of the rows that `edges` bound."""
+    return min(int(edges[0]) + begin, int(edges[1])), min(int(edges[-2]) + end, int(edges[-1]))
+
+
 def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.encode`."""
     out = torch.empty(segments.numel, dtype=torch.int8)
-    _encode_bytes(flat, segments, how, 0, segments.numel, 0, out.view(torch.uint8))
-    return out
-
-
-def _encode_bytes(
-    flat: torch.Tensor, segments: Segments, how: Rounding, begin: int, end: int, bias: int, out: torch.Tensor
-) -> None:
-    (_, starts, bases), target = _layout(segments), out.numpy()
+    (_, starts, bases), target = _layout(segments), out.view(torch.uint8).numpy()
     *factors, top = _factors(how)
 
     def work(low: int, high: int) -> None:
         for at, to in _cuts(low, high, _scratch(flat, high - low)):
-            here = begin + at, begin + to
-            values, offsets = _read(flat, segments, *here)
-            kernels.encode_bytes(values, offsets, starts, bases, *factors, top, *here, np.int32(bias), target[at:to])
+            values, offsets = _read(flat, segments, at, to)
+            kernels.encode_bytes(values, offsets, starts, bases, *factors, top, at, to, np.int32(0), target[at:to])
 
-    _in_pieces(work, end - begin, kernels.GROUP)
+    _in_pieces(work, segments.numel, kernels.GROUP)
+    return out
 
 
 def encode_pack(
-    flat: torch.Tensor, segments: Segments, how: Rounding, packing: Packing, begin: int, length: int, out: torch.Tensor
+    flat: torch.Tensor,
+    segments: Segments,
+    how: Rounding,
+    packing: Packing,
+    edges: Sequence[int],
+    length: int,
+    out: torch.Tensor,
 ) -> None:
-    """`reference.pack` of codes [begin, begin + length), padded with the code 0, into out (nbytes(length),) uint8."""
-    end = max(begin, min(begin + length, segments.numel))
-    if packing.digits == 1 and packing.word_bytes == 1:
-        _encode_bytes(flat, segments, how, begin, end, -packing.low, out[: end - begin])
-        out[end - begin :] = -packing.low
+    """See :func:`terncomm.ops.reference.encode_pack`."""
+    if not _aligned(out, packing):
+        packed = torch.empty(out.shape, dtype=torch.uint8)
+        encode_pack(flat, segments, how, packing, edges, length, packed)
+        out.copy_(packed)
         return
-    (_, starts, bases), target = _layout(segments), out.numpy()
+    (_, starts, bases), memory, stride = _layout(segments), _memory(out), out.stride(0)
     *factors, top = _factors(how)
-    low, radix, digits, word = np.int32(packing.low), packing.radix, packing.digits, packing.word_bytes
+    layout = np.int32(packing.low), packing.radix, packing.digits, packing.word_bytes
+    bounds = np.array(edges, np.int64)
 
-    def work(first: int, last: int) -> None:
-        for at, to in _cuts(first, last, _scratch(flat, last - first, kernels.GROUP * digits)):
-            piece = target[packing.nbytes(at) : packing.nbytes(to)]
-            here = min(begin + at, end), min(begin + to, end)
-            values, offsets = _read(flat, segments, *here)
-            kernels.encode_pack(
-                values, offsets, starts, bases, *factors, top, *here, to - at, low, radix, digits, word, piece
-            )
+    def work(row: int, end_row: int, begin: int, end: int) -> None:
+        here = bounds[row : end_row + 1]
+        values, offsets = _read(flat, segments, *_held(here, begin, end))
+        target = memory[row * stride + packing.nbytes(begin) :]
+        kernels.encode_pack(values, offsets, starts, bases, *factors, top, here, begin, end, *layout, target, stride)
 
-    _in_pieces(work, length, kernels.GROUP * digits)
+    if len(out):
+        _in_tiles(work, flat, len(out), length, kernels.GROUP * packing.digits)
 
 
-def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:
+def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.pack`."""
-    out = torch.empty(how.nbytes(len(codes)), dtype=torch.uint8)
+    if out is not None and not _aligned(out[None], how):
+        return out.copy_(pack(codes, how))
+    out = torch.empty(how.nbytes(len(codes)), dtype=torch.uint8) if out is None else out
     source, target = codes.to(torch.int32).numpy(), out.numpy()
 
     def work(begin: int, end: int) -> None:
@@ -185,27 +235,17 @@ def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:
     return out
 
 
-def _unpacked(rows: torch.Tensor, how: Packing, whole: int) -> int:
-    """How many codes to unpack at a time: a part of several rows is copied to be contiguous."""
-    block = kernels.GROUP * how.digits
-    return max(whole, 1) if len(rows) == 1 else max(_PIECE // block, 1) * block
-
-
-def _columns(source: np.ndarray, how: Packing, begin: int, end: int) -> np.ndarray:
-    """The packed codes [begin, end) of every row, contiguous and aligned."""
-    piece = np.ascontiguousarray(source[:, how.nbytes(begin) : how.nbytes(end)])
-    return piece.copy() if piece.ctypes.data % how.word_bytes else piece
-
-
 def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.unpack_sum`."""
+    rows = _readable(rows, how, count)
     out = torch.empty(count, dtype=torch.int32)
-    source, target = rows.numpy(), out.numpy()
+    memory, target, before = _memory(rows), out.numpy(), (len(rows) - 1) * rows.stride(0)
 
     def work(begin: int, end: int) -> None:
-        for at, to in _cuts(begin, end, _unpacked(rows, how, end - begin)):
-            piece = _columns(source, how, at, to)
-            kernels.unpack_sum(piece, np.int32(how.low), how.radix, how.digits, how.word_bytes, target[at:to])
+        kernels.unpack_sum(
+            memory[how.nbytes(begin) : before + how.nbytes(end)], rows.stride(0), len(rows),
+            np.int32(how.low), how.radix, how.digits, how.word_bytes, target[begin:end],
+        )  # fmt: skip
 
     _in_pieces(work, count, kernels.GROUP * how.digits)
     return out
@@ -234,34 +274,66 @@ def unpack_decode(
     out: torch.Tensor,
 ) -> None:
     """See :func:`terncomm.ops.reference.unpack_decode`."""
-    source, starts, factors = rows.numpy(), segments.starts.numpy(), unit.numpy()
+    rows = _readable(rows, how, length)
+    memory, starts, factors, before = (
+        _memory(rows),
+        segments.starts.numpy(),
+        unit.numpy(),
+        (len(rows) - 1) * rows.stride(0),
+    )
     block = kernels.GROUP * how.digits
 
     def work(first: int, last: int) -> None:
-        for at, to in _cuts(first, last, min(_unpacked(rows, how, last - first), _scratch(out, last - first, block))):
+        for at, to in _cuts(first, last, _scratch(out, last - first, block)):
             here = min(begin + at, end), min(begin + to, end)
-            piece = _columns(source, how, at, to)
             with _written(out, segments, *here) as (target, offsets):
                 kernels.unpack_decode(
-                    piece, np.int32(how.low), how.radix, how.digits, how.word_bytes,
+                    memory[how.nbytes(at) : before + how.nbytes(to)], rows.stride(0), len(rows),
+                    np.int32(how.low), how.radix, how.digits, how.word_bytes,
                     offsets, starts, factors, *here, to - at, target,
                 )  # fmt: skip
 
     _in_pieces(work, length, block)
 
 
-def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_rows(
+    rows: torch.Tensor,
+    how: Packing,
+    segments: Segments,
+    unit: torch.Tensor,
+    edges: Sequence[int],
+    length: int,
+    out: torch.Tensor,
+) -> None:
+    """See :func:`terncomm.ops.reference.decode_rows`."""
+    rows = _readable(rows, how, length)
+    memory, stride, starts, factors = _memory(rows), rows.stride(0), segments.starts.numpy(), unit.numpy()
+    layout = np.int32(how.low), how.radix, how.digits, how.word_bytes
+    bounds = np.array(edges, np.int64)
+
+    def work(row: int, end_row: int, begin: int, end: int) -> None:
+        here = bounds[row : end_row + 1]
+        source = memory[row * stride + how.nbytes(begin) :]
+        with _written(out, segments, *_held(here, begin, end)) as (target, offsets):
+            kernels.decode_rows(source, stride, *layout, offsets, starts, factors, here, begin, end, target)
+
+    if len(rows):
+        _in_tiles(work, out, len(rows), length, kernels.GROUP * how.digits)
+
+
+def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`terncomm.ops.reference.narrow`."""
     codes = torch.empty(len(totals), dtype=torch.uint8)
     divisors = torch.empty(len(window), dtype=torch.int32)
     _, starts, bases = _layout(window)
     words = keys.numpy().astype(np.uint32)
-    kernels.narrow(totals.numpy(), starts, bases, words, codes.numpy(), divisors.numpy())
+    kernels.narrow(totals.numpy(), starts, bases, words, np.int32(top), codes.numpy(), divisors.numpy())
     return codes, divisors
 
 
-def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor) -> torch.Tensor:
+def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor, top: int) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.widen`."""
     out = torch.empty(len(codes), dtype=torch.int32)
-    kernels.widen(codes.numpy(), window.starts.numpy(), divisor.to(torch.int32).numpy(), out.numpy())
+    divisors = divisor.to(torch.int32).numpy()
+    kernels.widen(codes.numpy(), window.starts.numpy(), divisors, np.int32(top), out.numpy())
     return out

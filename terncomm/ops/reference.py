@@ -5,6 +5,9 @@ Gradients (`flat`, `out`) are floats of any type: they are read as float32, and 
 Legend: `n` dense elements, `L` segments, `R` rows, `m` codes in a row.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 from terncomm.ops.types import Packing, Rounding
@@ -17,12 +20,15 @@ _FRACTION = 24  # random bits, and fractional bits of the fixed-point magnitude
 _TINY = 2.0**-96  # levels * 2^24 divided by less would overflow float32
 
 
-def _index(segments: Segments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each dense element: its segment, its place in the flat buffer, its index inside its layer. All (n,) int64."""
-    segment = torch.repeat_interleave(torch.arange(len(segments)), segments.lengths)
-    inside = torch.arange(segments.numel) - segments.starts[:-1][segment]
-    place = segments.offsets[segment] + inside
-    return segment.to(device), place.to(device), (segments.bases[segment] + inside).to(device)
+def _index(
+    segments: Segments, device: torch.device, begin: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of dense elements [begin, end): segment, place in the flat buffer, index inside the layer. All int64."""
+    table = segments.on(device)
+    dense = torch.arange(begin, end, device=device)
+    segment = torch.searchsorted(table.starts, dense, right=True) - 1
+    inside = dense - table.starts[segment]
+    return segment, table.offsets[segment] + inside, table.bases[segment] + inside
 
 
 def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
@@ -31,8 +37,7 @@ def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
     magnitude = torch.where(torch.isfinite(magnitude), magnitude, torch.inf)
     if len(segments) == 0 or segments.numel == 0:
         return torch.zeros(len(segments), dtype=torch.float32, device=flat.device)
-    lengths = segments.lengths.to(flat.device)
-    return torch.segment_reduce(magnitude, "max", lengths=lengths, initial=0.0)
+    return torch.segment_reduce(magnitude, "max", lengths=segments.on(flat.device).lengths, initial=0.0)
 
 
 def _tree_sum(x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +130,12 @@ def noise(counter: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torc
 
 def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:
     """Stochastic rounding of the described elements of flat -> (n,) int8 codes in [-levels, levels]."""
-    segment, place, counter = _index(segments, flat.device)
+    return _codes(flat, segments, how, 0, segments.numel)
+
+
+def _codes(flat: torch.Tensor, segments: Segments, how: Rounding, begin: int, end: int) -> torch.Tensor:
+    """The codes of dense elements [begin, end)."""
+    segment, place, counter = _index(segments, flat.device, begin, end)
     x = flat[place].to(torch.float32)
     limit = how.limit[segment]
     magnitude = x.abs()
@@ -156,15 +166,14 @@ def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: 
 
     unit: (3, L) float32, from `split_unit`.
     """
-    segment, place, _ = _index(segments, out.device)
-    here = slice(begin, begin + len(totals))
-    high, low, drop = unit[:, segment[here]]
+    segment, place, _ = _index(segments, out.device, begin, begin + len(totals))
+    high, low, drop = unit[:, segment]
     total = totals.to(torch.float32)
-    out[place[here]] = ((total * high + total * low) * drop).to(out.dtype)
+    out[place] = ((total * high + total * low) * drop).to(out.dtype)
 
 
-def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:
-    """Codes (m,) of any integer type -> (nbytes,) uint8."""
+def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Codes (m,) of any integer type -> (nbytes,) uint8; those of `out`, if given."""
     digits = torch.nn.functional.pad(codes.to(torch.int64), (0, -len(codes) % how.digits)) - how.low
     body = len(codes) // (GROUP * how.digits) * (GROUP * how.digits)
     blocks = [digits[:body].view(-1, how.digits, GROUP), digits[body:].view(1, how.digits, -1)]
@@ -175,7 +184,8 @@ def pack(codes: torch.Tensor, how: Packing) -> torch.Tensor:
             word = word * how.radix + block[:, k]  # wraps into the sign bit of int64 as unsigned arithmetic would
         words.append(word.flatten())
     narrow = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[how.word_bytes]
-    return torch.cat(words).to(narrow).view(torch.uint8)
+    packed = torch.cat(words).to(narrow).view(torch.uint8)
+    return packed if out is None else out.copy_(packed)
 
 
 def _words(packed: torch.Tensor, how: Packing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,8 +198,11 @@ def _words(packed: torch.Tensor, how: Packing) -> tuple[torch.Tensor, torch.Tens
 
 
 def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
-    """Packed rows (R, k) uint8 -> the sum over rows of their `count` codes each, (count,) int32."""
-    high, low = _words(rows, how)
+    """Packed rows (R, k) uint8 -> the sum over rows of their `count` codes each, (count,) int32.
+
+    Here and below rows of packed codes may have any stride, so they may be columns of longer messages.
+    """
+    high, low = _words(rows[:, : how.nbytes(count)], how)
     planes = []
     for _ in range(how.digits):
         carry = ((high % how.radix) << 32) | low
@@ -203,34 +216,46 @@ def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
     return (dense + how.low).sum(dim=0).to(torch.int32)
 
 
-def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integer sums -> 8 bits and a divisor per piece: ceil(max|sum| / 127), then unbiased rounding of sum / divisor.
+def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integer sums -> codes in [-top, top] and a divisor per piece: ceil(max|sum| / top).
 
-    Returns (m,) uint8 of code + 127, and (L,) int32 divisors, at least 1.
+    A code is sum / divisor after unbiased rounding. Returns (m,) uint8 of code + top, and (L,) int32 divisors, at
+    least 1. `top` is at most 127.
     """
-    segment, _, counter = _index(window, totals.device)
+    segment, _, counter = _index(window, totals.device, 0, window.numel)
     peak = torch.zeros(len(window), dtype=torch.int32, device=totals.device)
     peak = peak.scatter_reduce(0, segment, totals.abs(), "amax")
-    divisor = ((peak + 126) // 127).clamp(min=1)
+    divisor = ((peak + (top - 1)) // top).clamp(min=1)
     each = divisor[segment].to(torch.int64)
     key = keys.to(totals.device)[segment]
     offset = (noise(counter, key[:, 0], key[:, 1]) * each) >> _FRACTION  # uniform in [0, divisor)
     code = torch.div(totals + offset, each, rounding_mode="floor")
-    return (code + 127).to(torch.uint8), divisor
+    return (code + top).to(torch.uint8), divisor
 
 
-def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor) -> torch.Tensor:
+def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor, top: int) -> torch.Tensor:
     """`narrow` undone up to its rounding: (m,) uint8 and (L,) divisors -> (m,) int32."""
-    each = torch.repeat_interleave(divisor.to(torch.int32), window.lengths.to(codes.device))
-    return (codes.to(torch.int32) - 127) * each
+    segment, _, _ = _index(window, codes.device, 0, window.numel)
+    return (codes.to(torch.int32) - top) * divisor.to(torch.int32)[segment]
 
 
 def encode_pack(
-    flat: torch.Tensor, segments: Segments, how: Rounding, packing: Packing, begin: int, length: int, out: torch.Tensor
+    flat: torch.Tensor,
+    segments: Segments,
+    how: Rounding,
+    packing: Packing,
+    edges: Sequence[int],
+    length: int,
+    out: torch.Tensor,
 ) -> None:
-    """Codes [begin, begin + length), padded with the code 0 beyond the last, packed into out (nbytes,) uint8."""
-    codes = encode(flat, segments, how)[begin : begin + length]
-    out.copy_(pack(torch.nn.functional.pad(codes, (0, length - len(codes))), packing))
+    """Encode and pack all rows of a message.
+
+    Row r holds the codes of dense elements [edges[r], edges[r + 1]), padded with the code 0 to `length` codes.
+    out: (R, nbytes(length)) uint8, of any row stride.
+    """
+    for row, (begin, end) in zip(out, itertools.pairwise(edges), strict=True):
+        codes = _codes(flat, segments, how, begin, end)
+        pack(torch.nn.functional.pad(codes, (0, length - len(codes))), packing, row)
 
 
 def unpack_decode(
@@ -245,3 +270,17 @@ def unpack_decode(
 ) -> None:
     """`decode` of `unpack_sum` of packed rows (R, k) of `length` codes; the first are elements [begin, end)."""
     decode(unpack_sum(rows, how, length)[: end - begin], segments, unit, begin, out)
+
+
+def decode_rows(
+    rows: torch.Tensor,
+    how: Packing,
+    segments: Segments,
+    unit: torch.Tensor,
+    edges: Sequence[int],
+    length: int,
+    out: torch.Tensor,
+) -> None:
+    """Packed rows (R, k) of `length` totals; row r alone holds those of dense elements [edges[r], edges[r + 1])."""
+    for row, (begin, end) in zip(rows, itertools.pairwise(edges), strict=True):
+        unpack_decode(row[None], how, segments, unit, begin, end, length, out)
