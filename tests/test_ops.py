@@ -236,6 +236,21 @@ def test_edges_that_cannot_be_are_refused(edges):
         )
 
 
+def test_rows_too_short_for_their_codes_are_refused():
+    """The compiled kernels do not look: they would read and write beside the rows."""
+    layers, limit, packing = Segments([10]), torch.ones(1), packing_for(-1, 1)
+    how = reference.rounding(limit, limit, torch.zeros(1, 2, dtype=torch.int64), 1)
+    unit, rows, flat = reference.split_unit(limit.double()), torch.zeros(2, 1, dtype=torch.uint8), torch.zeros(10)
+    for call in (
+        lambda: ops.encode_pack(flat, layers, how, packing, [0, 5, 10], 6, rows),
+        lambda: ops.unpack_sum(rows, packing, 6),
+        lambda: ops.unpack_decode(rows, packing, layers, unit, 0, 5, 6, flat),
+        lambda: ops.decode_rows(rows, packing, layers, unit, [0, 5, 10], 6, flat),
+    ):
+        with pytest.raises(ValueError, match="6 codes take rows of 2 bytes"):
+            call()
+
+
 @pytest.mark.parametrize("top", [127, 63, 7, 1])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_narrow_and_widen_equal_the_reference(kernels, sizes, top):

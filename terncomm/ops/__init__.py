@@ -179,13 +179,14 @@ def _tell_fallback(device_type: str, name: str) -> None:
     )
 
 
-def _check_rows(rows: torch.Tensor, how: Packing, segments: Segments, edges: Sequence[int], length: int) -> None:
-    """Raise a ValueError unless rows have room for `length` codes, and these for what lies between edges."""
-    if len(edges) != len(rows) + 1 or rows.shape[1] < how.nbytes(length):
-        raise ValueError(
-            f"{len(edges)} edges and {length} codes a row want {len(edges) - 1} rows of {how.nbytes(length)} bytes, "
-            f"got {tuple(rows.shape)}"
-        )
+def _check_width(rows: torch.Tensor, how: Packing, length: int) -> None:
+    if rows.shape[1] < how.nbytes(length):
+        raise ValueError(f"{length} codes take rows of {how.nbytes(length)} bytes, got {tuple(rows.shape)}")
+
+
+def _check_edges(edges: Sequence[int], rows: torch.Tensor, segments: Segments, length: int) -> None:
+    if len(edges) != len(rows) + 1:
+        raise ValueError(f"{len(rows)} rows have {len(rows) + 1} edges, got {len(edges)}")
     fits = all(0 <= end - begin <= length for begin, end in itertools.pairwise(edges))
     if not fits or edges[0] < 0 or edges[-1] > segments.numel:
         raise ValueError(
@@ -223,7 +224,8 @@ def encode_pack(
     out: torch.Tensor,
 ) -> None:
     """See :func:`terncomm.ops.reference.encode_pack`."""
-    _check_rows(out, packing, segments, edges, length)
+    _check_width(out, packing, length)
+    _check_edges(edges, out, segments, length)
     out = out[:, : packing.nbytes(length)]
     _function("encode_pack", flat)(flat, segments, how, packing, edges, length, out)
 
@@ -237,6 +239,7 @@ def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> 
 
 def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.unpack_sum`."""
+    _check_width(rows, how, count)
     return _function("unpack_sum", rows)(rows, how, count)  # type: ignore[no-any-return]
 
 
@@ -256,6 +259,8 @@ def unpack_decode(
     out: torch.Tensor,
 ) -> None:
     """See :func:`terncomm.ops.reference.unpack_decode`."""
+    _check_width(rows, how, length)
+    _check_edges((begin, end), rows[:1], segments, length)
     _function("unpack_decode", out)(rows, how, segments, unit, begin, end, length, out)
 
 
@@ -269,7 +274,8 @@ def decode_rows(
     out: torch.Tensor,
 ) -> None:
     """See :func:`terncomm.ops.reference.decode_rows`."""
-    _check_rows(rows, how, segments, edges, length)
+    _check_width(rows, how, length)
+    _check_edges(edges, rows, segments, length)
     _function("decode_rows", out)(rows, how, segments, unit, edges, length, out)
 
 
