@@ -184,9 +184,9 @@ def _check_width(rows: torch.Tensor, how: Packing, length: int) -> None:
         raise ValueError(f"{length} codes take rows of {how.nbytes(length)} bytes, got {tuple(rows.shape)}")
 
 
-def _check_edges(edges: Sequence[int], rows: torch.Tensor, segments: Segments, length: int) -> None:
-    if len(edges) != len(rows) + 1:
-        raise ValueError(f"{len(rows)} rows have {len(rows) + 1} edges, got {len(edges)}")
+def _check_edges(edges: Sequence[int], rows: int, segments: Segments, length: int) -> None:
+    if len(edges) != rows + 1:
+        raise ValueError(f"{rows} rows have {rows + 1} edges, got {len(edges)}")
     fits = all(0 <= end - begin <= length for begin, end in itertools.pairwise(edges))
     if not fits or edges[0] < 0 or edges[-1] > segments.numel:
         raise ValueError(
@@ -225,7 +225,7 @@ def encode_pack(
 ) -> None:
     """See :func:`terncomm.ops.reference.encode_pack`."""
     _check_width(out, packing, length)
-    _check_edges(edges, out, segments, length)
+    _check_edges(edges, len(out), segments, length)
     out = out[:, : packing.nbytes(length)]
     _function("encode_pack", flat)(flat, segments, how, packing, edges, length, out)
 
@@ -260,7 +260,7 @@ def unpack_decode(
 ) -> None:
     """See :func:`terncomm.ops.reference.unpack_decode`."""
     _check_width(rows, how, length)
-    _check_edges((begin, end), rows[:1], segments, length)
+    _check_edges((begin, end), 1, segments, length)
     _function("unpack_decode", out)(rows, how, segments, unit, begin, end, length, out)
 
 
@@ -275,7 +275,7 @@ def decode_rows(
 ) -> None:
     """See :func:`terncomm.ops.reference.decode_rows`."""
     _check_width(rows, how, length)
-    _check_edges(edges, rows, segments, length)
+    _check_edges(edges, len(rows), segments, length)
     _function("decode_rows", out)(rows, how, segments, unit, edges, length, out)
 
 
