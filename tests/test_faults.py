@@ -154,13 +154,13 @@ def one_step_more():
         os._exit(0)
 
 
-def ring():
-    """The victim is killed in the middle of a large all-gather, which goes from rank to rank."""
+def chunks():
+    """The victim is killed at the beginning of a large all-gather, which is sent in chunks."""
     model = DistributedDataParallel(nn.Linear(1536, 1536, bias=False))
     terncomm.register(model, "int8", exchange="gather")
     for step in range(4):
         if step == 2 and dist.get_rank() == VICTIM:
-            transports.ProcessGroupTransport._ring = lambda *args: kill()
+            transports.ProcessGroupTransport._chunks = lambda *args: kill()
         model(torch.randn(1, 1536)).sum().backward()
 
 
@@ -319,8 +319,8 @@ def test_a_rank_that_leaves_early_is_named(tmp_path):
         assert f"No word from rank {VICTIM}" in job[rank].text
 
 
-def test_a_rank_killed_in_a_ring_is_named_by_all(tmp_path):
-    job = run_job(4, ring, directory=tmp_path, timeout_s=TIMEOUT_S)
+def test_a_rank_killed_in_a_large_all_gather_is_named_by_all(tmp_path):
+    job = run_job(4, chunks, directory=tmp_path, timeout_s=TIMEOUT_S)
     for rank in (0, 2, 3):
         assert job[rank].status == 1
         assert f"No word from rank {VICTIM}: killed" in job[rank].text

@@ -1,6 +1,6 @@
 """Transports: what moves bytes between ranks."""
 
-from terncomm.transports.base import RankFailed, Transport
+from terncomm.transports.base import Overlapping, RankFailed, Transport, overlaps
 from terncomm.transports.horovod import HorovodTransport
 from terncomm.transports.local import LocalTransport
 from terncomm.transports.metered import Metered
@@ -12,7 +12,9 @@ __all__ = [
     "LocalTransport",
     "MPITransport",
     "Metered",
+    "Overlapping",
     "ProcessGroupTransport",
     "RankFailed",
     "Transport",
+    "overlaps",
 ]

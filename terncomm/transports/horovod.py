@@ -1,17 +1,18 @@
 """Horovod as a transport. horovod is imported when a transport is made, not before."""
 
 import itertools
-import time
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from terncomm.transports.base import RankFailed
+from terncomm.transports.base import Kind, Wait, alone, perform
+from terncomm.transports.calls import Calls, poll
 from terncomm.transports.launched import check_not_alone
 
 _POLL_S = 5e-5  # Horovod's own wait sleeps for 1 ms at a time
 _numbers: "dict[tuple[int, ...], itertools.count[int]]" = {}  # of the transports over these ranks, alike on all of them
-_pending: list[Any] = []  # buffers of calls that were given up; Horovod may still write there
 
 RECIPE = "bash launch/build_horovod.sh in terncomm's repository builds it for the torch that is installed"
 
@@ -32,7 +33,8 @@ def horovod_torch() -> Any:
 class HorovodTransport:
     """Bytes over Horovod's `allgather` and `alltoall`, for jobs that horovodrun or mpirun started.
 
-    Calls go by a name in Horovod's queue, so the program's own reductions may run at the same time.
+    Calls go by a name in Horovod's queue, so the program's own reductions may run at the same time. A message is one
+    operation there, and several may be under way.
 
     Args:
         process_set: the ranks that take part; by default all. Made with `hvd.add_process_set` or given to `hvd.init`.
@@ -51,6 +53,8 @@ class HorovodTransport:
         arXiv:1802.05799.
     """
 
+    in_flight = 4  # and as many names, in turn: Horovod knows again what it has negotiated under a name
+
     def __init__(self, process_set: Any = None, *, timeout_s: float = 600.0) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
@@ -64,42 +68,46 @@ class HorovodTransport:
         self.rank: int = self._process_set.rank()
         self.world_size: int = self._process_set.size()
         self._timeout_s = timeout_s
-        self._broken = ""
+        self._calls = Calls("Horovod")
         ranks = tuple(self._process_set.ranks or range(hvd.size()))
         number = next(_numbers.setdefault(ranks, itertools.count()))
         self._name = f"terncomm.{'-'.join(map(str, ranks)) if process_set is not None else 'all'}.{number}"
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
-        if self.world_size == 1 or payload.numel() == 0:
-            return payload.expand(self.world_size, -1).clone()
-        return self._call("allgather", payload.contiguous().unsqueeze(0))
+        return perform(self, "all_gather", payload)
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
-        if self.world_size == 1 or rows.numel() == 0:
-            return rows.clone()
-        return self._call("alltoall", rows.contiguous())
+        return perform(self, "all_to_all", rows)
 
-    def _call(self, kind: str, mine: torch.Tensor) -> torch.Tensor:
-        if self._broken:
-            raise RankFailed(f"an earlier exchange over Horovod failed, so none can follow: {self._broken}")
-        hvd, handle = self._hvd, None
-        try:
-            # One name for all calls of a kind: ranks that are not in step meet in it, and are told that sizes differ.
-            collective = getattr(hvd, f"{kind}_async")
-            handle = collective(mine, name=f"{self._name}.{kind}", process_set=self._process_set)
-            ends = time.monotonic() + self._timeout_s
-            while not hvd.poll(handle):
-                if time.monotonic() > ends:
-                    raise TimeoutError(f"not all of {self.world_size} ranks have come within {self._timeout_s:g} s")
-                time.sleep(_POLL_S)
-            out = hvd.synchronize(handle)
-            received: torch.Tensor = out[0] if isinstance(out, tuple) else out  # alltoall tells splits too
-            return received
-        except BaseException as error:  # an interrupt too: Horovod may still write to these buffers, or read them
-            self._broken = str(error) or type(error).__name__
-            _pending.extend([handle, mine])
-            if isinstance(error, TimeoutError):
-                raise RankFailed(f"the exchange with other ranks broke off: {self._broken}") from None
-            raise
+    def begin(self, kind: Kind, payload: torch.Tensor) -> tuple[torch.Tensor, Iterator[Wait]]:
+        """See :class:`terncomm.transports.base.Overlapping`."""
+        if self.world_size == 1 or payload.numel() == 0:
+            return alone(kind, payload, self.world_size)
+        received = payload.new_empty(self.world_size, payload.shape[-1])
+        return received, self._operation(kind, payload.contiguous(), received)
+
+    def _operation(self, kind: Kind, mine: torch.Tensor, received: torch.Tensor) -> Iterator[Wait]:
+        with self._calls.guarded():
+            number = self._calls.hold(mine)
+            # The n-th operations of all ranks have one name, whatever they are: Horovod then tells ranks that are out
+            # of step that kinds or sizes differ, where with different names each would wait for the other.
+            name = f"{self._name}.{number % self.in_flight}"
+            if kind == "all_gather":
+                handle = self._hvd.allgather_async(mine.unsqueeze(0), name=name, process_set=self._process_set)
+            else:
+                handle = self._hvd.alltoall_async(mine, name=name, process_set=self._process_set)
+        yield partial(self._wait, handle, number, received)
+
+    def _wait(self, handle: Any, number: int, received: torch.Tensor) -> None:
+        with self._calls.guarded():
+            poll(
+                partial(self._hvd.poll, handle),
+                timeout_s=self._timeout_s,
+                world_size=self.world_size,
+                pause_s=_POLL_S,
+            )
+            out = self._hvd.synchronize(handle)
+            received.copy_(out[0] if isinstance(out, tuple) else out)  # an all-to-all returns its splits too
+            self._calls.release(number)

@@ -5,22 +5,24 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from terncomm.transports.base import RankFailed
+from terncomm.transports.base import Kind, Wait, alone, delivered, perform
+from terncomm.transports.calls import Calls, has_failed, poll
 from terncomm.transports.launched import check_not_alone
 
 _LAST_WORDS_S = 1.0  # for mpirun to pass the traceback on: at MPI_Abort it drops what it has not read yet
 _hooked = False
-_LOOK_S = 0.5  # how often a call that waits looks whether a rank has ended
 _LEFT = 1  # the tag of the message that says so
 _FAREWELL_S = 5.0
 _lines: "list[_Line]" = []
-_pending: list[Any] = []  # what belongs to calls that were given up; MPI may still write there
+_LIBRARY = "MPI"
 
 
 class MPITransport:
@@ -37,6 +39,8 @@ class MPITransport:
         cuda_aware: the MPI library reads and writes CUDA memory by itself (Open MPI: `ompi_info --parsable --all | grep
             mpi_built_with_cuda_support:value`). Else CUDA payloads are staged through host memory.
 
+    A message is one request, and several may be under way.
+
     Raises:
         ModuleNotFoundError: mpi4py is not installed.
         RankFailed: in every call, when another rank has ended, ranks have not come within `timeout_s`, or MPI reports
@@ -48,6 +52,8 @@ class MPITransport:
         Message Passing Interface Forum, "MPI: A Message-Passing Interface Standard, Version 4.1", 2023, section 6.12
         (nonblocking collective operations).
     """
+
+    in_flight = 4
 
     def __init__(self, comm: Any = None, *, timeout_s: float = 600.0, cuda_aware: bool = False) -> None:
         if not timeout_s > 0:
@@ -65,28 +71,26 @@ class MPITransport:
         self._line = _Line(self._comm)
         self._timeout_s = timeout_s
         self._cuda_aware = cuda_aware
-        self._broken = ""
+        self._calls = Calls(_LIBRARY, (MPI.Exception,))
         self.rank: int = self._comm.Get_rank()
         self.world_size: int = self._comm.Get_size()
         _abort_on_exception(MPI)
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
-        if self.world_size == 1 or payload.numel() == 0:
-            return payload.expand(self.world_size, -1).clone()
-        mine = self._at_home(payload)
-        out = mine.new_empty(self.world_size, mine.numel())
-        self._call(self._comm.Iallgather, mine, out)
-        return out.to(payload.device)
+        return perform(self, "all_gather", payload)
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
-        if self.world_size == 1 or rows.numel() == 0:
-            return rows.clone()
-        mine = self._at_home(rows)
-        out = torch.empty_like(mine)
-        self._call(self._comm.Ialltoall, mine, out)
-        return out.to(rows.device)
+        return perform(self, "all_to_all", rows)
+
+    def begin(self, kind: Kind, payload: torch.Tensor) -> tuple[torch.Tensor, Iterator[Wait]]:
+        """See :class:`terncomm.transports.base.Overlapping`."""
+        if self.world_size == 1 or payload.numel() == 0:
+            return alone(kind, payload, self.world_size)
+        mine = self._at_home(payload)
+        received = mine.new_empty(self.world_size, mine.shape[-1])
+        return delivered(received, self._request(kind, mine, received), payload.device)
 
     def _at_home(self, payload: torch.Tensor) -> torch.Tensor:
         """The payload where MPI can read it, whole."""
@@ -98,30 +102,23 @@ class MPITransport:
             payload = payload.cpu()  # waits for the stream by itself
         return payload.contiguous()
 
-    def _call(self, collective: Any, mine: torch.Tensor, out: torch.Tensor) -> None:
-        if self._broken:
-            raise RankFailed(f"an earlier exchange over MPI failed, so none can follow: {self._broken}")
-        self._line.calls += 1
-        octets = [[_memory(tensor), self._mpi.BYTE] for tensor in (mine, out)]
-        request = None
-        try:
-            request = collective(*octets)
-            began, look_s = time.monotonic(), _LOOK_S
-            while not request.Test():
-                waited_s = time.monotonic() - began
-                if waited_s > look_s:
-                    look_s += _LOOK_S
-                    if gone := self._line.gone():
-                        raise ConnectionError(f"rank {', '.join(map(str, gone))} has ended")
-                if waited_s > self._timeout_s:
-                    raise TimeoutError(f"not all of {self.world_size} ranks have come within {self._timeout_s:g} s")
-                time.sleep(0)  # another rank may share this core
-        except BaseException as error:  # an interrupt too: MPI may still write to these buffers, or read them
-            self._broken = str(error) or type(error).__name__
-            _pending.extend([request, mine, out])
-            if isinstance(error, (TimeoutError, ConnectionError, self._mpi.Exception)):
-                raise RankFailed(f"the exchange with other ranks broke off: {self._broken}") from None
-            raise
+    def _request(self, kind: Kind, mine: torch.Tensor, received: torch.Tensor) -> Iterator[Wait]:
+        with self._calls.guarded():
+            number = self._calls.hold(mine, received)
+            collective = self._comm.Iallgather if kind == "all_gather" else self._comm.Ialltoall
+            request = collective(*([_memory(tensor), self._mpi.BYTE] for tensor in (mine, received)))
+            self._line.calls = number
+        yield partial(self._wait, request, number)
+
+    def _wait(self, request: Any, number: int) -> None:
+        def look() -> None:
+            if gone := self._line.gone(number):
+                raise ConnectionError(f"rank {', '.join(map(str, gone))} has ended")
+
+        with self._calls.guarded():
+            # No pause, but another rank may share this core.
+            poll(request.Test, timeout_s=self._timeout_s, world_size=self.world_size, pause_s=0, look=look)
+            self._calls.release(number)
 
 
 class _Line:
@@ -139,10 +136,10 @@ class _Line:
             if self._comm.iprobe(source=rank, tag=_LEFT):
                 self._left[rank] = self._comm.recv(source=rank, tag=_LEFT)
 
-    def gone(self) -> list[int]:
-        """The ranks that have ended and will not come to the call that this one is in."""
+    def gone(self, call: int) -> list[int]:
+        """The ranks that have ended and will not come to the call of this number."""
         self._read()
-        return sorted(rank for rank, calls in self._left.items() if calls < self.calls)
+        return sorted(rank for rank, calls in self._left.items() if calls < call)
 
     def leave(self) -> None:
         """Leave word, and wait a while for that of the others: no message should stay under way."""
@@ -199,7 +196,7 @@ def _abort_on_exception(mpi: Any) -> None:
     def leave() -> None:
         if os.getpid() != process:  # a forked child is no rank
             return
-        if _pending:
+        if has_failed(_LIBRARY):
             abort()
         elif mpi.Is_initialized() and not mpi.Is_finalized():
             for line in _lines:
