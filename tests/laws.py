@@ -1,7 +1,8 @@
 """Laws that every codec, exchange and transport keeps, each one a helper; the tests run them over all of these."""
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,7 +10,7 @@ from terncomm.codecs import Codec
 from terncomm.keys import Key
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
-from terncomm.transports import LocalTransport, Metered, Transport
+from terncomm.transports import LocalTransport, Metered, Overlapping, Transport
 
 FALSE_ALARM = 1e-6  # two-sided probability that a sound codec fails one z-test
 Z_LIMIT = -torch.special.ndtri(torch.tensor(FALSE_ALARM / 2, dtype=torch.float64)).item()
@@ -39,6 +40,29 @@ def rows_in_rank_order(transport: Transport, k: int) -> None:
     assert torch.equal(gathered, torch.stack([octets(r, k) for r in range(world_size)]))
     swapped = transport.all_to_all(octets(rank, world_size, k))
     assert torch.equal(swapped, torch.stack([octets(r, world_size, k)[rank] for r in range(world_size)]))
+
+
+def messages_in_flight_bring_the_same(transport: Overlapping, sizes: Sequence[int]) -> None:
+    """Both collectives at every size, begun before earlier ones have ended; every rank calls it."""
+    rank, world_size = transport.rank, transport.world_size
+    waits: deque[Callable[[], None]] = deque()
+    begun = []
+    for number, k in enumerate(sizes):
+        for kind, shape in (("all_gather", (k,)), ("all_to_all", (world_size, k))):
+            sent = [octets(100 * number + r, *shape) for r in range(world_size)]
+            received, transfers = transport.begin(kind, sent[rank].clone())
+            wanted = torch.stack(sent if kind == "all_gather" else [rows[rank] for rows in sent])
+            begun.append((f"{kind} of {k} bytes", received, wanted))
+            for wait in transfers:
+                assert world_size > 1
+                assert k > 0
+                waits.append(wait)
+                if len(waits) >= transport.in_flight:
+                    waits.popleft()()
+    for wait in waits:
+        wait()
+    for name, received, wanted in begun:
+        assert torch.equal(received, wanted), name
 
 
 def reduce(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from golden import loops
-from laws import octets, rows_in_rank_order
+from laws import messages_in_flight_bring_the_same, octets, rows_in_rank_order
 from test_loop import reduce_otherwise
 from torch import nn
 
@@ -21,6 +21,7 @@ from terncomm.transports import MPITransport, RankFailed
 def conformance(transport):
     for k in (0, 1, 7, 1000, 300_001):
         rows_in_rank_order(transport, k)
+    messages_in_flight_bring_the_same(transport, (0, 1, 300_001, 7, 1000, 2, 65_537))
     mine = octets(transport.rank, 5)
     for _ in range(20):
         transport.all_gather(mine).zero_()

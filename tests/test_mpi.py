@@ -45,7 +45,7 @@ def results(ranks, folder, *arguments):
 
 
 @pytest.mark.conformance
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_rows_arrive_in_rank_order(ranks, tmp_path):
     assert results(ranks, tmp_path, "conformance") == ["fine"] * ranks
 

@@ -100,8 +100,10 @@ def test_bytes_through_a_node(kind, per_node, wanted):
 def test_delays_and_rounds():
     slow = Switched(Link("", 8e15, delay_s=0.01, efficiency=1.0), software=QUICK)
     assert slow.seconds(Message("all_reduce", 1000), 4) == pytest.approx(6 * 0.01)  # 2 (W - 1) rounds
-    assert slow.seconds(Message("all_gather", 2**20), 4) == pytest.approx(0.01)  # on its way for longer than it takes
-    assert slow.seconds(Message("all_gather", 2**20 + 1), 4) == pytest.approx(3 * 0.01)
+    assert slow.seconds(Message("all_gather", 2**18), 4) == pytest.approx(0.01)  # on its way for longer than it takes
+    assert slow.seconds(Message("all_gather", 2**18 + 1), 4) == pytest.approx(3 * 0.01)
+    in_turn = Switched(slow.link, software=Software("", 0.0, 0.0, incast=1.5, steps=True))
+    assert in_turn.seconds(Message("all_gather", 2**18 + 1), 4) == pytest.approx(0.01)  # all chunks are under way
     tree = Switched(slow.link, software=Software("", 0.0, 0.0, tree=True))
     assert tree.seconds(Message("all_reduce", 1000), 1024) == pytest.approx(2 * 10 * 0.01)
     incast = Switched(MBYTE, software=Software("", 0.0, 0.0, incast=1.5))

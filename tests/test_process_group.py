@@ -1,5 +1,7 @@
 """A process group as a transport, against threads of one process."""
 
+import threading
+import time
 from itertools import chain
 
 import pytest
@@ -10,8 +12,8 @@ from terncomm import Int8, Ternary
 from terncomm.keys import Key
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
-from terncomm.transports import LocalTransport, Metered, ProcessGroupTransport
-from terncomm.transports.process_group import AT_ONCE, at_once_for
+from terncomm.transports import LocalTransport, Metered, ProcessGroupTransport, RankFailed
+from terncomm.transports.process_group import AT_ONCE, at_once_for, chunk_for
 
 SIZES = (0, 1, 2, 7, 255, 1001)
 WORLDS = (2, 3, 4)
@@ -110,7 +112,43 @@ def adapted():
 def test_what_is_sent_at_once_is_chosen_alike(on_ranks):
     found = on_ranks(3, adapted)
     assert len({chosen for chosen, _ in found}) == 1
-    assert 2**13 <= found[0][0] <= 2**20
+    assert 2**13 <= found[0][0] <= 2**18
     assert all(last == [0, 1, 2] for _, last in found)
+    assert chunk_for(2e-4, 12.5e6) == 20_000  # what 100 Mbit/s carry in 1.6 ms
+    assert chunk_for(50e-3, 12.5e6) == 156_250  # eight are two latencies
     assert at_once_for(2e-3, 12.5e6) == 25_000  # what 100 Mbit/s carry in 2 ms
-    assert (at_once_for(1e-4, 1e6), at_once_for(0.025, 1e9)) == (2**13, 2**20)
+    assert (at_once_for(1e-4, 1e6), at_once_for(0.025, 1e9)) == (2**13, 2**18)
+
+
+def closed_while_waiting(size):
+    """Rank 2 stays away; a thread of rank 0 and all of rank 1 wait; then rank 0 closes. The words of each error."""
+    transport = ProcessGroupTransport(dist.new_group())
+    transport.all_gather(payload(0, 10))
+    transport.at_once, transport.chunk = 1000, 1000
+    told, began = [], time.monotonic()
+
+    def wait():
+        for _ in range(2):
+            try:
+                transport.all_gather(payload(transport.rank, size))
+            except RankFailed as error:
+                told.append(str(error))
+        transport.close()
+
+    thread = threading.Thread(target=wait)
+    time.sleep(2.0 * (transport.rank == 2))
+    thread.start()
+    if transport.rank == 0:
+        time.sleep(0.5)
+        transport.close()
+    thread.join(20)
+    return told, time.monotonic() - began
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_to_close_ends_what_other_threads_and_ranks_wait_for(on_ranks, size):
+    for told, seconds in on_ranks(3, closed_while_waiting, size):
+        assert len(told) == 2, told
+        assert "broke off" in told[0]
+        assert "closed" in told[1] or "an earlier exchange over the process group failed" in told[1]
+        assert seconds < 10

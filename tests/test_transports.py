@@ -1,10 +1,11 @@
-"""The conformance of a transport. `test_process_group.py` holds ProcessGroupTransport to the same results."""
+"""The conformance of a transport. `test_mpi.py` and `test_horovod.py` hold theirs to the same laws under a launcher."""
 
 import pytest
 import torch
-from laws import octets, rows_in_rank_order
+import torch.distributed as dist
+from laws import messages_in_flight_bring_the_same, octets, rows_in_rank_order
 
-from terncomm.transports import LocalTransport, Metered, RankFailed
+from terncomm.transports import LocalTransport, Metered, ProcessGroupTransport, RankFailed, overlaps
 
 
 @pytest.mark.conformance
@@ -13,6 +14,48 @@ from terncomm.transports import LocalTransport, Metered, RankFailed
 def test_rows_arrive_in_rank_order(world_size, wrap):
     for k in (0, 1, 7, 1000):
         LocalTransport.run(world_size, lambda transport, k=k: rows_in_rank_order(wrap(transport), k))
+
+
+def over_gloo(wrap):
+    transport = ProcessGroupTransport(dist.group.WORLD)
+    messages_in_flight_bring_the_same(wrap(transport), (0, 1, 5000, 2))
+    transport.at_once, transport.chunk = 100, 1000
+    messages_in_flight_bring_the_same(wrap(transport), (0, 1, 99, 100, 101, 999, 1000, 1001, 2, 1999, 2000, 2001, 8191))
+    rows_in_rank_order(transport, 2999)
+
+
+def plain(transport):
+    return transport
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("wrap", [plain, Metered])
+@pytest.mark.parametrize("world_size", range(1, 5))
+def test_messages_in_flight_over_gloo(on_ranks, world_size, wrap):
+    on_ranks(world_size, over_gloo, wrap)
+
+
+def metered_over_gloo():
+    metered = Metered(ProcessGroupTransport(dist.group.WORLD))
+    _, first = metered.begin("all_gather", octets(0, 10))
+    _, second = metered.begin("all_to_all", octets(0, 3, 7))
+    for transfers in (first, second):
+        for wait in transfers:
+            wait()
+    return metered.overlaps, metered.in_flight, metered.sent_bytes, metered.calls
+
+
+def test_metered_counts_what_is_begun(on_ranks):
+    assert on_ranks(3, metered_over_gloo) == [(True, 8, 2 * 10 + 2 * 7, 2)] * 3
+
+
+def test_threads_have_blocking_calls_alone():
+    (transport,) = LocalTransport.world(1)
+    assert not overlaps(transport)
+    assert not overlaps(Metered(transport))
+    assert Metered(transport).in_flight == 1
+    with pytest.raises(TypeError, match="LocalTransport has blocking calls alone"):
+        Metered(transport).begin("all_gather", octets(0, 3))
 
 
 def test_metered_counts_what_goes_to_others():

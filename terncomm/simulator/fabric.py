@@ -38,7 +38,8 @@ class Software:
         round_s: between two messages that depend on each other, the wire's delay aside.
         message_s: of each message that one rank sends to another.
         incast: how many times as long an all-to-all of more than two ranks takes as its bytes would.
-        steps: whether large all-to-alls go to one rank after the other, which crowds no link.
+        steps: whether large rows are sent in chunks to one rank after the other, several under way at once: that
+            crowds no link, and takes one latency. So does an all-gather then: no rank passes on what came.
         tree: whether an all-reduce of many ranks goes along a tree where that is quicker than a ring.
     """
 
@@ -86,12 +87,11 @@ class Switched:
         hop_s = software.round_s + (link.delay_s if link else 0.0)
         at_once = at_once_for(hop_s, link.payload_bytes_per_s if link else 1e12)
         sent = message.nbytes * (world_size - 1)
-        if kind_of(message, at_once) == "all_to_all":
+        if kind_of(message, at_once) == "all_to_all" or (software.steps and message.kind == "all_gather"):
             out_s = near * far * message.nbytes / self.link.payload_bytes_per_s
             in_s = (near - 1) * message.nbytes / self.inside.payload_bytes_per_s if self.inside else 0.0
-            if software.steps and goes_in_steps(world_size, message.nbytes, at_once):
-                return (world_size - 1) * (hop_s + software.message_s) + max(out_s, in_s)
-            crowded = software.incast if world_size > 2 else 1.0
+            in_turn = software.steps and goes_in_steps(world_size, message.nbytes, at_once)
+            crowded = software.incast if world_size > 2 and not in_turn else 1.0
             return hop_s + (world_size - 1) * software.message_s + crowded * max(out_s, in_s)
         rate = min(
             self.link.payload_bytes_per_s if far else math.inf,

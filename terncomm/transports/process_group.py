@@ -16,7 +16,7 @@ from terncomm.transports.calls import Calls
 # Bytes to each other rank. Up to so many, a message is gloo's own all-to-all: one call, in which all rows are sent at
 # once. Concurrent flows on one link slow each other down (100 Mbit/s, 4 ranks: 30 %), so larger rows are sent in turn.
 AT_ONCE = 1 << 17  # until :meth:`ProcessGroupTransport.adapt` has measured the link
-_LEAST, _MOST = 1 << 13, 1 << 20
+_LEAST, _MOST = 1 << 13, 1 << 18
 CHUNK = 1 << 20  # bytes of a larger row that one transfer sends, until the link has been measured
 _LEAST_CHUNK, _MOST_CHUNK = 1 << 14, 1 << 24
 _CHUNK_S = 1.6e-3  # that a chunk keeps the link busy; shorter ones cost more in calls than they gain by overlap
@@ -119,7 +119,7 @@ class ProcessGroupTransport:
                     # Ready to receive before it sends: both directions flow at once, where gloo would halve the rate.
                     coming = backend.recv([received[before, begin:end]], before, _TAG)
                     going = backend.send([rows[after, begin:end]], after, _TAG)
-                yield partial(self._wait, coming, going)
+                yield partial(self._wait, going, coming)
 
     def _wait(self, *works: Any) -> None:
         with self._calls.guarded():
