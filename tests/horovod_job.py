@@ -13,7 +13,8 @@ import horovod.torch as hvd
 import pytest
 import torch
 from golden import BUCKET_CAP_MB, cases
-from laws import octets, rows_in_rank_order
+from horovod.common.exceptions import HorovodInternalError
+from laws import messages_in_flight_bring_the_same, octets, rows_in_rank_order
 from mpi_job import network
 
 from terncomm.horovod import Compression, DistributedOptimizer
@@ -58,6 +59,7 @@ def conformance():
     transport = HorovodTransport()
     for k in (0, 1, 7, 1000, 300_001):
         rows_in_rank_order(transport, k)
+    messages_in_flight_bring_the_same(transport, (0, 1, 300_001, 7, 1000, 2, 65_537))
     mine = octets(transport.rank, 5)
     for _ in range(20):
         transport.all_gather(mine).zero_()
@@ -306,6 +308,20 @@ def semantics():
     other_ranks_step_alone()
 
 
+def out_of_step():
+    """Messages of the same number and other sizes: Horovod tells all ranks, they do not wait for the timeout."""
+    for kind, rows in (("all_gather", ()), ("all_to_all", (2,))):
+        transport = HorovodTransport(timeout_s=60.0)
+        transport.all_gather(octets(0, 5))
+        _, transfers = transport.begin(kind, octets(0, *rows, 10 + hvd.rank()))
+        wait, began = next(transfers), time.monotonic()
+        with pytest.raises(HorovodInternalError, match="Mismatched"):
+            wait()
+        assert time.monotonic() - began < 10
+        with pytest.raises(RankFailed, match="an earlier exchange over Horovod failed"):
+            transport.all_gather(octets(0, 5))
+
+
 def raises():
     model, optimizer = made()
     if hvd.rank() == 1:
@@ -341,7 +357,7 @@ def main():
     torch.set_num_threads(1)
     hvd.init()
     folder, what, *arguments = sys.argv[1:]
-    known = {each.__name__: each for each in (digest, golden, semantics, raises, killed, silent)}
+    known = {each.__name__: each for each in (digest, golden, semantics, out_of_step, raises, killed, silent)}
     result = known[what](*arguments)
     assert not torch.distributed.is_initialized()
     Path(folder, str(hvd.rank())).write_text(json.dumps(result))

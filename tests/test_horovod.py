@@ -78,6 +78,11 @@ def test_horovods_own_semantics(launcher, ranks, tmp_path):
 
 
 @built
+def test_ranks_that_are_not_in_step_are_told(tmp_path):
+    results("gloo", 2, tmp_path, "out_of_step")
+
+
+@built
 def test_the_example_trains():
     done = launched("gloo", 2, ROOT / "launch" / "train_horovod.py", "--epochs", 3, "--codec", "int8")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -91,8 +91,8 @@ class HorovodTransport:
     def _operation(self, kind: Kind, mine: torch.Tensor, received: torch.Tensor) -> Iterator[Wait]:
         with self._calls.guarded():
             number = self._calls.hold(mine)
-            # The n-th operations of all ranks have one name, whatever they are: Horovod then tells ranks that are out
-            # of step that kinds or sizes differ, where with different names each would wait for the other.
+            # The n-th operations of all ranks have one name. Horovod then tells ranks that are out of step that sizes
+            # differ. It puts the kind before the name, so ranks whose kinds differ wait until the timeout.
             name = f"{self._name}.{number % self.in_flight}"
             if kind == "all_gather":
                 handle = self._hvd.allgather_async(mine.unsqueeze(0), name=name, process_set=self._process_set)
