@@ -16,7 +16,7 @@ from limited_ranks import lines
 
 from terncomm.cluster.namespaces import NotPermitted, traffic
 
-CODECS = ("none", "fp16", "int8", "terngrad")
+CODECS = ("none", "fp16", "bf16", "int8", "terngrad")
 
 
 def rank_main(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
-from terncomm.hooks.state import CommState
+from terncomm.hooks.statistics import ClipWatch
 from terncomm.reduce import Clock
 
 CODECS = ("terngrad", "int8")
@@ -48,7 +48,7 @@ def measured(codec: str, rounds: int) -> dict[str, object]:
         state.stats()
 
     def bare() -> None:
-        with mock.patch.object(Clock, "_enter"), mock.patch.object(CommState, "_watch_clipping", return_value=None):
+        with mock.patch.object(Clock, "_enter"), mock.patch.object(ClipWatch, "look", return_value=None):
             step()
 
     kinds = {"alone": alone, "hook": step, "read": read, "bare": bare}

@@ -9,27 +9,31 @@ for seeds differ more than faults do; the loss of so short a run shows none of t
 
 import argparse
 import statistics
+from dataclasses import replace
 
 import torch
 
 from terncomm import Ternary
 from terncomm.keys import Key
-from terncomm.reduce import all_reduce_mean
+from terncomm.path.account import Context
+from terncomm.path.drivers import lockstep
+from terncomm.path.reduce import all_reduce_mean
+from terncomm.reduce import bucket_of
 from terncomm.segments import Segments
 from terncomm.simulator.reductions import Coded
 from terncomm.simulator.simulate import Experiment, simulate
 from terncomm.simulator.workloads import Options
-from terncomm.transports import LocalTransport
 
 
 class OneScalePerBucket(Coded):
     """The bucket's largest limit scales all its layers: those with small gradients drown."""
 
-    def reduce(self, flat, coded, exact, transport, key):
+    def path(self, flat, coded, exact, ctx):
         dense, rest = coded.take(flat).clone(), flat.clone()
         if coded.numel:
-            all_reduce_mean(dense, Segments([coded.numel]), self.codec, transport, key=key)
-        all_reduce_mean(rest, Segments(()), None, transport, key=Key(key.seed, key.step, 99), exact=exact)
+            yield from all_reduce_mean(dense, bucket_of(Segments([coded.numel]), self.codec), ctx)
+        apart = replace(ctx, key=Key(ctx.key.seed, ctx.key.step, 99))
+        yield from all_reduce_mean(rest, bucket_of(Segments(()), None, exact), apart)
         exact.put(exact.take(rest), flat)
         coded.put(dense, flat)
 
@@ -37,11 +41,11 @@ class OneScalePerBucket(Coded):
 class RoundedTwice(Coded):
     """The mean is ternarized once more on its way back: that error no averaging makes smaller."""
 
-    def reduce(self, flat, coded, exact, transport, key):
-        super().reduce(flat, coded, exact, transport, key)
+    def path(self, flat, coded, exact, ctx):
+        yield from super().path(flat, coded, exact, ctx)
         if coded.numel:
-            alone = LocalTransport.world(1)[0]
-            all_reduce_mean(flat, coded, self.codec, alone, key=Key(key.seed + 1, key.step))
+            alone = Context(Key(ctx.key.seed + 1, ctx.key.step), 0, 1)
+            lockstep([all_reduce_mean(flat, bucket_of(coded, self.codec), alone)])
 
 
 KINDS = {"terngrad": Coded, "one scale per bucket": OneScalePerBucket, "mean rounded again": RoundedTwice}

@@ -121,8 +121,9 @@ def overhead() -> str:
 
 
 def traffic() -> str:
-    from terncomm import Int8, Ternary, exchange
-    from terncomm.keys import Key
+    from terncomm import Int8, Ternary
+    from terncomm.path.drivers import sent
+    from terncomm.reduce import messages
     from terncomm.segments import Segments
 
     layer, lines = Segments([10**7]), []
@@ -130,10 +131,7 @@ def traffic() -> str:
         ring = 2 * (world_size - 1) / world_size * 4
         each = []
         for codec in (Int8(), Ternary()):
-            returned = codec.narrowing(codec.scaled(layer), Key(0), world_size=world_size)
-            plan = exchange.choose("auto", layer.numel, codec.alphabet, world_size, returned)
-            sent = exchange.traffic(plan.algorithm, layer.numel, codec.alphabet, world_size, returned)
-            each.append(sent / layer.numel)
+            each.append(sent(messages(layer, codec, world_size), world_size) / layer.numel)
         lines.append([str(world_size), f"{ring:.2f}", *(f"{one:.2f} ({ring / one:.1f}x)" for one in each)])
     return table(["W", "fp32 ring", "int8", "terngrad"], lines)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CODECS = ("none", "fp16", "int8", "terngrad")
+CODECS = ("none", "fp16", "bf16", "int8", "terngrad")
 # Name in the CSV file: title and format in the table.
 COLUMNS = {
     "codec": ("codec", "{}"),

@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--codec", choices=["none", "fp16", "int8", "terngrad"], default="terngrad")
+    parser.add_argument("--codec", choices=["none", "fp16", "bf16", "int8", "terngrad"], default="terngrad")
     parser.add_argument("--between-nodes", action="store_true", help="code between nodes alone, average floats inside")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps-per-epoch", type=int, help="at most so many (default: all data; at most 30 for text)")

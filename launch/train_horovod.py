@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--codec", choices=["int8", "terngrad"], default="terngrad")
+    parser.add_argument("--codec", choices=["bf16", "int8", "terngrad"], default="terngrad")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=16, help="samples per rank and step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

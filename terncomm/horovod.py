@@ -11,11 +11,10 @@
 Horovod is imported when it is needed; `launch/build_horovod.sh` builds it for today's torch.
 """
 
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from torch import nn
 
 from terncomm.codecs import Codec, codec_for
 from terncomm.hooks.loop import GradientAverager
-from terncomm.hooks.runner import OrderedWorker
+from terncomm.hooks.overlap import Overlap
 from terncomm.transports.horovod import HorovodTransport, horovod_torch
 
 _STEP = "terncomm_step"  # in the first parameter group: so it is in checkpoints, and in what Horovod broadcasts
@@ -105,19 +104,21 @@ def DistributedOptimizer(
     if compression not in (None, Compression.none, hvd.Compression.none):
         raise ValueError(f"compression={compression!r}: here codec= says how gradients travel; leave compression out")
     passes = _positive("backward_passes_per_step", backward_passes_per_step)
-    reducer = None
+    averager = reducer = steps = None
     if process_set is None or process_set.included():
         named = _named(optimizer, named_parameters)
         averager = GradientAverager(named, codec, HorovodTransport(process_set, timeout_s=timeout_s), **options)
-        reducer = _Reducer(averager, passes, op == hvd.Sum, sparse_as_dense)
+        steps = _Steps(averager)
+        factor = averager.transports["all"].world_size if op == hvd.Sum else 1
+        reducer = Overlap(averager, passes=passes, factor=factor, densifies=sparse_as_dense, begin_step=steps.begin)
     # Of Horovod's module, so that hvd.broadcast_optimizer_state knows that a plain step() would wait for other ranks.
     kind = _kind(type(optimizer), hvd.DistributedOptimizer.__module__)
     wrapped = kind.__new__(kind)
     vars(wrapped).update({name: value for name, value in vars(optimizer).items() if name != "step"})
-    wrapped._reducer, wrapped._synchronized, wrapped._skips = reducer, False, False
+    wrapped.__dict__.update(averager=averager, _reducer=reducer, _synchronized=False, _skips=False)
     wrapped.param_groups[0].setdefault(_STEP, -1)
-    if reducer is not None:
-        reducer.serve(wrapped)
+    if steps is not None:
+        steps.optimizer = weakref.ref(wrapped)
     return wrapped
 
 
@@ -154,124 +155,19 @@ def _named(
     return mine
 
 
-class _Reducer:
-    """Has gradients averaged bucket by bucket while the backward pass runs: the last layers first, one order for all.
+class _Steps:
+    """Keeps the averager's step in the optimizer's first parameter group, by which checkpoints and Horovod carry it."""
 
-    Hooks of parameters call it; jobs run on an ordered worker, and their errors are raised by `finish`.
-    """
-
-    def __init__(self, averager: GradientAverager, passes: int, adds: bool, densifies: bool) -> None:
-        self.averager = averager
+    def __init__(self, averager: GradientAverager) -> None:
+        self._averager = averager
         self._step = averager.step
-        self._densifies = densifies
-        self.passes = passes
-        parameters = cast(list[nn.Parameter], averager._parameters)
-        self._buckets = [[parameters[place] for place in places] for places in averager._buckets(list(parameters))]
-        self._bucket_of = {each: index for index, bucket in enumerate(self._buckets) for each in bucket}
-        self._factor = averager._transport.world_size if adds and averager._transport else 1
-        self._lock = threading.Lock()  # autograd has a thread for each device
-        self._worker = OrderedWorker()
-        self._failed: Exception | None = None
-        self.next_step()
+        self.optimizer: Callable[[], Any] = lambda: None
 
-    def serve(self, optimizer: Any) -> None:
-        """Take gradients as they come, as long as this optimizer lives."""
-        self._optimizer = weakref.ref(optimizer)
-        myself = weakref.ref(self)
-
-        def arrived(parameter: torch.Tensor) -> None:
-            if (reducer := myself()) is not None:
-                reducer.arrived(cast(nn.Parameter, parameter))
-
-        hooks = [each.register_post_accumulate_grad_hook(arrived) for each in self._bucket_of]  # type: ignore[no-untyped-call]
-        weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
-
-    def next_step(self) -> None:
-        """Wait for gradients anew."""
-        self._left = dict.fromkeys(self._bucket_of, self.passes)
-        self._missing = list(map(len, self._buckets))
-        self._futures: list[torch.futures.Future[torch.Tensor]] = []
-        self._streams: set[torch.cuda.Stream] = set()
-
-    @property
-    def idle(self) -> bool:
-        """Whether no gradient has come since the last step."""
-        return not self._futures and all(left == self.passes for left in self._left.values())
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a reduction was begun that nobody has waited for."""
-        return bool(self._futures)
-
-    def arrived(self, parameter: nn.Parameter) -> None:
-        """Count a gradient; submit the buckets that are complete, in their order."""
-        with self._lock:
-            if self._left[parameter] == 0:
-                raise RuntimeError(
-                    f"gradients were computed more than backward_passes_per_step={self.passes} times before step() or "
-                    "synchronize(): increase backward_passes_per_step to accumulate gradients"
-                )
-            self._left[parameter] -= 1
-            if self._left[parameter] == 0:
-                self._missing[self._bucket_of[parameter]] -= 1
-                self._submit(lambda index: self._missing[index] == 0)
-
-    def finish(self) -> None:
-        """Submit what is left, gradients that are None as zeros, and wait for all."""
-        with self._lock:
-            self._submit(lambda index: True)
-        try:
-            for future in self._futures:
-                future.wait()
-        except Exception:
-            assert self._failed is not None
-            raise self._failed from None
-        for stream in self._streams:
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
-        self.next_step()
-
-    def _submit(self, ready: Callable[[int], bool]) -> None:
-        while (index := len(self._futures)) < len(self._buckets) and ready(index):
-            if index == 0:
-                self._begin_step()
-            bucket = self._buckets[index]
-            for each in bucket:
-                if each.grad is None:
-                    each.grad = torch.zeros_like(each, requires_grad=False)
-                elif self._densifies and each.grad.layout != torch.strided:
-                    each.grad = each.grad.to_dense()
-            gradients = [cast(torch.Tensor, each.grad) for each in bucket]
-            if sparse := [each for each in gradients if each.layout != torch.strided]:
-                raise TypeError(
-                    f"gradients must be dense, got one of layout {sparse[0].layout}: use sparse_as_dense=True"
-                )
-            stream: Any = nullcontext()
-            if gradients[0].is_cuda:  # the worker goes on where these gradients are computed
-                self._streams.add(torch.cuda.current_stream(gradients[0].device))
-                stream = torch.cuda.stream(torch.cuda.current_stream(gradients[0].device))
-            self._futures.append(self._worker.submit(partial(self._reduce, index, bucket, gradients, stream)))
-
-    def _begin_step(self) -> None:
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        group, averager = optimizer.param_groups[0], self.averager
-        if averager.step == self._step:  # else the averager has loaded a state of its own
-            averager._step = group[_STEP]
-        averager._begin_step()
+    def begin(self) -> None:
+        """Begin the step after the optimizer's, or after the averager's if that has loaded a state of its own."""
+        group, averager = self.optimizer().param_groups[0], self._averager
+        averager.begin_step(group[_STEP] + 1 if averager.step == self._step else None)
         group[_STEP] = self._step = averager.step
-
-    def _reduce(
-        self, index: int, bucket: list[nn.Parameter], gradients: list[torch.Tensor], stream: Any
-    ) -> torch.Tensor:
-        try:
-            with stream:
-                self.averager._reduce_bucket(index, cast(list[torch.Tensor], bucket), gradients)
-                if self._factor != 1:
-                    torch._foreach_mul_(gradients, self._factor)
-        except Exception as error:
-            self._failed = self._failed or error
-            raise
-        return gradients[0]
 
 
 def _kind(base: Any, module: str) -> Any:
@@ -280,14 +176,10 @@ def _kind(base: Any, module: str) -> Any:
     class Distributed(base):  # type: ignore[misc]
         """See :func:`DistributedOptimizer`."""
 
-        _reducer: _Reducer | None
+        averager: GradientAverager | None  # what averages: statistics and switches. None outside the process set
+        _reducer: Overlap | None
         _synchronized: bool
         _skips: bool
-
-        @property
-        def averager(self) -> GradientAverager | None:
-            """What averages: statistics and switches. None on a rank outside the process set."""
-            return None if self._reducer is None else self._reducer.averager
 
         def synchronize(self) -> None:
             """Average the gradients of all ranks; they are in place when this returns."""

@@ -1,16 +1,18 @@
 """Which parameters of a model are coded, which travel exactly, and how both lie in a bucket."""
 
-import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from terncomm.codecs import Codec, IntegerCodec, Rules
+from terncomm.codecs.rules import DEFAULT, named
 from terncomm.segments import Segments
+from terncomm.torch_internals import WRAPPERS
 
 GROUPS = ("embedding", "head")
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
+_WRAPPERS = re.compile(rf"\b({'|'.join(WRAPPERS)})(\.|$)")
 Own = Callable[[nn.Module], Mapping[str, torch.Tensor]]
 
 
@@ -19,58 +21,102 @@ def _own(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Layers:
-    """The parameters of a model, numbered, each coded or exact; the same wherever its gradients are reduced.
+    """The parameters of a model, numbered, each with its codec; the same wherever its gradients are reduced.
 
     Args:
         named_parameters: of the model; those that need no gradient are left out, a tied one goes by its first name.
+        rules: which codec for which parameters.
         skip: parameters that travel exactly: names, names of modules, shell patterns.
-        min_numel: parameters with fewer elements, or with one dimension, travel exactly.
-        exempt: groups of GROUPS that :meth:`adopt` finds by the model's structure, and that then travel exactly.
+        min_numel: parameters with fewer elements, or with one dimension, go through no codec of integers.
+        exempt: groups of GROUPS that :meth:`adopt` finds by the model's structure, and that go through no codec of
+            integers unless a rule names them.
 
     Raises:
-        ValueError: an unknown group, or `skip` without names or with a pattern that matches none.
+        ValueError: an unknown group, or patterns without names or that match none.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]] = (),
         *,
+        rules: Rules | None = None,
         skip: Collection[str] = (),
         min_numel: int = 1024,
         exempt: Collection[str] = GROUPS,
     ) -> None:
+        self.rules = rules or Rules.of("terngrad")
         self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
         self.min_numel = min_numel
         self.exempt = (exempt,) if isinstance(exempt, str) else tuple(exempt)
         if unknown := set(self.exempt) - set(GROUPS):
             raise ValueError(f"exempt may name {', '.join(GROUPS)}; got {', '.join(sorted(unknown))}")
-        named: dict[torch.Tensor, str] = {}
+        found: dict[torch.Tensor, str] = {}
         for name, parameter in named_parameters:
             if parameter.requires_grad:
-                named.setdefault(parameter, clean(name))
-        if all(name.startswith("module.") for name in named.values()):  # of a DDP model itself, most likely
+                found.setdefault(parameter, clean(name))
+        if all(name.startswith("module.") for name in found.values()):  # of a DDP model itself, most likely
             self.skip = tuple(pattern.removeprefix("module.") for pattern in self.skip)
-            named = {parameter: name.removeprefix("module.") for parameter, name in named.items()}
-        if self.skip and not named:
+            found = {parameter: name.removeprefix("module.") for parameter, name in found.items()}
+        if self.skip and not found:
             raise ValueError("skip= needs names: give named_parameters=model.named_parameters(), or use register")
-        skipped = matching(self.skip, named.values())
-        self.names = list(named.values())
-        self.numbers = {parameter: number for number, parameter in enumerate(named)}
-        self._exact = {parameter for parameter, name in named.items() if name in skipped}
+        if len(self.rules.pairs) > 1 and not found:
+            raise ValueError("rules need names: give named_parameters=model.named_parameters(), or use register")
+        self.names = list(found.values())
+        self.numbers = {parameter: number for number, parameter in enumerate(found)}
+        self._skipped = matching("skip", self.skip, self.names)
+        self._kinds: dict[torch.Tensor, frozenset[str]] = {}  # and the classes of the modules that hold it
+        self._known: dict[torch.Tensor, Codec | None] = {}
 
     def adopt(self, model: nn.Module, own: Own = _own) -> None:
-        """Exempt what the structure of `model` says; `own` gives a module's own parameters."""
-        self._exact.update(structural(model, self.exempt, own))
+        """Learn the structure of `model`; `own` gives a module's own parameters.
+
+        Raises:
+            ValueError: a rule matches nothing.
+        """
+        kinds: dict[torch.Tensor, set[str]] = {}
+        for module in model.modules():
+            for parameter in own(module).values():
+                kinds.setdefault(parameter, set()).add(type(module).__name__)
+        for parameter, group in structural(model, GROUPS, own).items():
+            kinds.setdefault(parameter, set()).add(group)
+        for module in model.modules():
+            if "Norm" in type(module).__name__:
+                for parameter in own(module).values():
+                    kinds[parameter].add("norm")
+        self._kinds = {parameter: frozenset(found) for parameter, found in kinds.items()}
+        self._known.clear()
+        classes = {name for found in self._kinds.values() for name in found}
+        matching("rule", [pattern for pattern in self.rules.patterns if pattern not in classes], self.names)
+
+    def codec_of(self, parameter: torch.Tensor) -> Codec | None:
+        """How this parameter's gradient travels once warm-up is over; None: exactly."""
+        if parameter not in self._known:
+            self._known[parameter] = self._find(parameter)
+        return self._known[parameter]
+
+    def _find(self, parameter: torch.Tensor) -> Codec | None:
+        number = self.numbers.get(parameter, len(self.names))
+        name = self.names[number] if number < len(self.names) else ""
+        if name in self._skipped or not parameter.is_floating_point():
+            return None
+        kinds = self._kinds.get(parameter, frozenset())
+        pattern, codec = self.rules.match(name, kinds)
+        if isinstance(codec, IntegerCodec):
+            if parameter.dim() < 2 or parameter.numel() < self.min_numel:
+                return None
+            if pattern == DEFAULT and kinds.intersection(self.exempt):
+                return None
+        return codec
 
     def codes(self, parameter: torch.Tensor) -> bool:
-        """Whether this parameter's gradient is coded, or travels exactly."""
-        large = parameter.dim() > 1 and parameter.numel() >= self.min_numel
-        return large and parameter.is_floating_point() and parameter not in self._exact
+        """Whether this parameter's gradient goes through a codec, or travels exactly."""
+        return self.codec_of(parameter) is not None
 
     @property
-    def coded_names(self) -> list[str]:
-        """Names of the parameters that are coded."""
-        return [name for name, parameter in zip(self.names, self.numbers, strict=False) if self.codes(parameter)]
+    def coded_names(self) -> dict[str, str]:
+        """The parameters that go through a codec, each with it."""
+        codecs = {name: self.codec_of(p) for name, p in zip(self.names, self.numbers, strict=False)}
+        return {name: repr(codec) for name, codec in codecs.items() if codec is not None}
 
     def number(self, parameter: torch.Tensor) -> int:
         """The number by which noise is drawn; one that was not named gets the next."""
@@ -80,20 +126,38 @@ class Layers:
         """A name for statistics."""
         return self.names[number] if number < len(self.names) else f"parameter {number}"
 
+    def named(self, name: str) -> int:
+        """The number of a parameter by its name; `name` undone.
+
+        Raises:
+            ValueError: there is no such parameter.
+        """
+        if name in self.names:
+            return self.names.index(name)
+        kind, _, number = name.partition(" ")
+        if kind != "parameter" or not number.isdecimal():
+            raise ValueError(f"the checkpoint has state of a parameter {name}, which is none of this model's")
+        return int(number)
+
     def forget_unnamed(self) -> None:
         """Number the parameters that have no name anew."""
         self.numbers = {p: number for p, number in self.numbers.items() if number < len(self.names)}
+        self._known.clear()
 
-    def of_bucket(self, parameters: Sequence[torch.Tensor]) -> tuple[Segments, Segments]:
-        """The coded and the exact layers of a bucket that holds these parameters' gradients one after another."""
-        coded: list[tuple[int, int, int]] = []
-        exact: list[tuple[int, int, int]] = []
+    def groups_of(self, parameters: Sequence[torch.Tensor]) -> list[tuple[Segments, Codec | None]]:
+        """The layers of a bucket that holds these parameters' gradients one after another, by codec."""
+        groups: dict[Codec | None, list[tuple[int, int, int]]] = {}
         offset = 0
         for parameter in parameters:
             size = parameter.numel() * (2 if parameter.is_complex() else 1)  # DDP flattens complex to real
-            (coded if self.codes(parameter) else exact).append((size, offset, self.number(parameter)))
+            groups.setdefault(self.codec_of(parameter), []).append((size, offset, self.number(parameter)))
             offset += size
-        return _segments(coded), _segments(exact)
+        return [(_segments(rows), codec) for codec, rows in groups.items()]
+
+    def of_bucket(self, parameters: Sequence[torch.Tensor]) -> tuple[Segments, Segments]:
+        """The coded and the exact layers of such a bucket, where there is one codec."""
+        groups = {codec is None: layers for layers, codec in self.groups_of(parameters)}
+        return groups.get(False, Segments(())), groups.get(True, Segments(()))
 
 
 def _segments(rows: list[tuple[int, int, int]]) -> Segments:
@@ -132,19 +196,19 @@ def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> di
     return found
 
 
-def matching(skip: Collection[str], names: Iterable[str]) -> set[str]:
-    """The names that a pattern of `skip` matches: a name, the name of a module that holds it, or a shell pattern.
+def matching(what: str, patterns: Collection[str], names: Iterable[str]) -> set[str]:
+    """The names that a pattern matches: a name, the name of a module that holds it, or a shell pattern.
 
     Raises:
-        ValueError: a pattern matches nothing.
+        ValueError: a pattern matches nothing. what: the option that the message names.
     """
     names = list(names)
     found: set[str] = set()
-    for pattern in skip:
-        hits = [n for n in names if n.startswith(pattern + ".") or fnmatch.fnmatchcase(n, pattern)]
+    for pattern in patterns:
+        hits = [name for name in names if named(pattern, name)]
         if not hits:
             known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            raise ValueError(f"skip={pattern!r} matches no parameter that requires a gradient; there are: {known}")
+            raise ValueError(f"{what}={pattern!r} matches no parameter that requires a gradient; there are: {known}")
         found.update(hits)
     return found
 

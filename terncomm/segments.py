@@ -81,10 +81,12 @@ class Segments:
         self.numel = int(self.starts[-1])
         self._blocks: dict[int, Segments] = {}
         self._windows: dict[tuple[int, int], Segments] = {}
+        self._spans: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         self._on: dict[torch.device, Columns] = {}
 
     @classmethod
-    def _of(cls, table: torch.Tensor) -> "Segments":
+    def of_table(cls, table: torch.Tensor) -> "Segments":
+        """From offsets, sizes, layers and bases, (4, L) int64, that are known to be right."""
         made = cls.__new__(cls)
         made._set(table)
         return made
@@ -139,7 +141,7 @@ class Segments:
             count = (self.lengths + block - 1) // block
             piece = torch.repeat_interleave(torch.arange(len(self)), count)
             inside = (torch.arange(len(piece)) - (count.cumsum(0) - count)[piece]) * block
-            self._blocks[block] = Segments._of(
+            self._blocks[block] = Segments.of_table(
                 torch.stack(
                     [
                         self.offsets[piece] + inside,
@@ -160,8 +162,34 @@ class Segments:
             low, high = low[keep], high[keep]
             base = self.bases[keep] + low - self.starts[:-1][keep]
             table = torch.stack([low - begin, high - low, self.layers[keep], base])
-            self._windows[begin, end] = Segments._of(table)
+            self._windows[begin, end] = Segments.of_table(table)
         return self._windows[begin, end]
+
+    def clipped(self, begin: int, end: int) -> "Segments":
+        """What lies in elements [begin, end) of the flat buffer, with offsets counted from `begin`."""
+        low = self.offsets.clamp(begin, end)
+        high = (self.offsets + self.lengths).clamp(begin, end)
+        keep = high > low
+        low, high = low[keep], high[keep]
+        base = self.bases[keep] + low - self.offsets[keep]
+        return Segments.of_table(torch.stack([low - begin, high - low, self.layers[keep], base]))
+
+    def elements(
+        self, begin: int, end: int, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each dense element of [begin, end): its piece, its place in the buffer, its index inside the layer.
+
+        Three tensors (end - begin,) int64 on `device`.
+
+        >>> piece, place, inside = Segments([2, 3], offsets=[0, 10]).elements(1, 4)
+        >>> piece.tolist(), place.tolist(), inside.tolist()
+        ([0, 1, 1], [1, 10, 11], [1, 0, 1])
+        """
+        columns = self.on(torch.device(device))
+        dense = torch.arange(begin, end, device=device)
+        piece = torch.searchsorted(columns.starts, dense, right=True) - 1
+        inside = dense - columns.starts[piece]
+        return piece, columns.offsets[piece] + inside, columns.bases[piece] + inside
 
     def take(self, flat: torch.Tensor) -> torch.Tensor:
         """The described elements of `flat`, dense (numel,): a view where they are contiguous, else a copy."""
@@ -188,17 +216,20 @@ class Segments:
             if held >= large:
                 found.append(group)
                 group, held = [], 0
-        return [Segments._of(self.table[:, numbers]) for numbers in [*found, group] if numbers]
+        return [Segments.of_table(self.table[:, numbers]) for numbers in [*found, group] if numbers]
 
-    def spans(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def spans(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """Dense elements [begin, end) as runs without a gap: (place after `begin`, place in the buffer, length)."""
-        piece = int(torch.searchsorted(self.starts, begin, right=True)) - 1
+        if (begin, end) not in self._spans:
+            self._spans[begin, end] = list(self._runs(begin, end))
+        return self._spans[begin, end]
+
+    def _runs(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        low, high = self.starts[:-1].clamp(begin, end), self.starts[1:].clamp(begin, end)
+        keep = high > low
+        firsts = (self.offsets + low - self.starts[:-1])[keep].tolist()
         at, offset, length = 0, 0, 0
-        while begin + at + length < end:
-            skipped = max(begin - int(self.starts[piece]), 0)
-            first = int(self.table[0, piece]) + skipped
-            count = min(int(self.starts[piece + 1]), end) - int(self.starts[piece]) - skipped
-            piece += 1
+        for first, count in zip(firsts, (high - low)[keep].tolist(), strict=True):
             if length and first == offset + length:
                 length += count
                 continue

@@ -66,7 +66,7 @@ class Watch:
             if log_every:
                 self._write.append(self._to_log)
         if self._write:
-            state._watches.append(self)
+            state.statistics.watches.append(self)
             atexit.register(self.close)  # Ctrl-C, too
 
     def _to_file(self, path: Path) -> None:
@@ -126,7 +126,7 @@ class Watch:
         record: dict[str, Any] = {"step": self._step, "seconds": now - self._began}
         for name, value in numbers.items():
             if name.startswith("clip"):
-                if state._looks_at_clipping(self._step):
+                if state.clip_watch.looks(self._step):
                     record[name] = value
             elif name != "steps":
                 record[name] = value - self._before.get(name, 0) + self._kept.get(name, 0)
@@ -139,7 +139,7 @@ class Watch:
 
     def close(self) -> None:
         """Write the last step, and let go of files. A second call does nothing."""
-        if self not in self._state._watches:
+        if self not in self._state.statistics.watches:
             return
         try:
             self._record()
@@ -147,9 +147,9 @@ class Watch:
             self._stop()
 
     def _stop(self) -> None:
-        if self not in self._state._watches:
+        if self not in self._state.statistics.watches:
             return
-        self._state._watches.remove(self)
+        self._state.statistics.watches.remove(self)
         atexit.unregister(self.close)
         for close in self._close:
             with suppress(OSError):  # what could not be written has been told

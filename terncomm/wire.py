@@ -12,8 +12,13 @@ ternary codes (A = 3) go 5 to a byte; sums of 4 ternary codes (A = 9) go 5 to 16
 codes lie in neighbouring words. After the last whole block, the r codes that are left fill w = ceil(r / d) words in the
 same manner with w in place of 64; codes beyond the last are sent as digit -low, the code 0. So m codes take exactly
 ceil(m / d) words.
+
+**Byte coder.** Packed rows and totals may then go through a lossless :class:`ByteCoder`, which makes their lengths
+vary. Ranks first tell each other the length of their longest row, for one int32 of each part of the piece; all rows
+are padded with zeros to the largest of these. The same is done for totals.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -21,7 +26,7 @@ import torch
 
 from terncomm.ops.types import Packing
 
-__all__ = ["Packing", "SumFormat", "packing_for"]
+__all__ = ["ByteCoder", "Narrow", "Packing", "packing_for"]
 
 
 @cache
@@ -49,14 +54,32 @@ def packing_for(low: int, high: int) -> Packing:
     return max(candidates, key=lambda p: p.digits / p.word_bytes)  # the first, shortest, of those that tie
 
 
-class SumFormat(Protocol):
-    """How sums that are not sent exactly travel back, in one row for each rank that owns some of them."""
+@dataclass(frozen=True)
+class Narrow:
+    """Sums come back rounded to so many bits, by a divisor for every `block` elements; see :mod:`terncomm.path.sums`.
 
-    edges: tuple[int, ...]  # (W + 1,): row r holds the dense elements [edges[r], edges[r + 1])
-    nbytes: int  # of a packed row; all rows are as long as the longest
+    >>> Narrow(8).top, Narrow(4).top
+    (127, 7)
+    """
 
-    def pack(self, row: int, totals: torch.Tensor) -> torch.Tensor:
-        """(m,) int32 totals of row `row` -> (nbytes,) uint8."""
+    bits: int
+    block: int = 256
 
-    def unpack(self, row: int, packed: torch.Tensor) -> torch.Tensor:
-        """`pack` undone, up to the format's own rounding: (nbytes,) uint8 -> (m,) int32."""
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of so many sums, with a byte for each divisor."""
+        return packing_for(-self.top, self.top).nbytes(numel) + -(-numel // self.block)
+
+
+class ByteCoder(Protocol):
+    """Bytes to fewer bytes, and exactly back: an entropy coder, for instance. A frozen dataclass, like a codec."""
+
+    def shorten(self, packed: torch.Tensor) -> torch.Tensor:
+        """A packed row, (k,) uint8 -> (m,) uint8, where m may depend on what it holds."""
+
+    def restore(self, received: torch.Tensor, nbytes: int) -> torch.Tensor:
+        """What `shorten` gave, followed by any number of zeros -> (nbytes,) uint8."""

@@ -8,7 +8,10 @@ import torch
 
 from terncomm.codecs import Codec
 from terncomm.keys import Key
-from terncomm.reduce import all_reduce_mean
+from terncomm.path import reduce as path
+from terncomm.path.account import Context
+from terncomm.path.drivers import Call, lockstep
+from terncomm.reduce import all_reduce_mean, bucket_of
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, Metered, Overlapping, Transport
 
@@ -66,19 +69,46 @@ def messages_in_flight_bring_the_same(transport: Overlapping, sizes: Sequence[in
 
 
 def reduce(
-    codec: Codec | None, gradients: torch.Tensor, segments: Segments, *, key: Key | int = 0, **options: object
+    codec: Codec | None,
+    gradients: torch.Tensor,
+    segments: Segments,
+    *,
+    key: Key | int = 0,
+    exact: Segments | None = None,
+    exchange: str = "auto",
 ) -> torch.Tensor:
-    """Gradients (W, n) -> the reduced buffer (n,), after checking that all ranks hold the same bits."""
+    """Gradients (W, n) -> the reduced buffer (n,), after checking that all ranks hold the same bits.
 
-    def work(transport: LocalTransport) -> torch.Tensor:
-        flat = gradients[transport.rank].clone()
-        return all_reduce_mean(flat, segments, codec, transport, key=key, **options)
-
-    results = LocalTransport.run(len(gradients), work)
-    for part in (segments, options.get("exact", Segments(()))):
-        first, *others = (part.take(result) for result in results)
+    In lockstep: `test_path.py` has it that every driver gives the same.
+    """
+    exact = Segments(()) if exact is None else exact
+    key = key if isinstance(key, Key) else Key(key)
+    bucket, world_size = bucket_of(segments, codec, exact), len(gradients)
+    flats = [gradient.clone() for gradient in gradients]
+    contexts = [Context(key, rank, world_size) for rank in range(world_size)]
+    lockstep(
+        [path.all_reduce_mean(flat, bucket, ctx, exchange=exchange) for flat, ctx in zip(flats, contexts, strict=True)]
+    )
+    for part in (segments, exact):
+        first, *others = (part.take(flat) for flat in flats)
         assert all(same_bits(first, other) for other in others), "ranks hold different bits"
-    return results[0]
+    return flats[0]
+
+
+class Recorded:
+    """A transport that writes down its calls."""
+
+    def __init__(self, inner: Transport) -> None:
+        self.inner, self.rank, self.world_size = inner, inner.rank, inner.world_size
+        self.calls: list[Call] = []
+
+    def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
+        self.calls.append(Call("all_gather", payload.numel()))
+        return self.inner.all_gather(payload)
+
+    def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
+        self.calls.append(Call("all_to_all", rows.shape[1]))
+        return self.inner.all_to_all(rows)
 
 
 def sent_bytes(codec: Codec, gradients: torch.Tensor, segments: Segments, **options: object) -> list[int]:

@@ -20,14 +20,25 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from terncomm import ops
 
 START_LIMIT_S = 240.0  # a cold cache of kernels is compiled meanwhile
 GRACE_S = 5.0  # for the other ranks, once one has failed
+
+
+@contextmanager
+def encoding_breaks(here: bool) -> Iterator[None]:
+    """Inside, encoding raises, if it is to break on this rank."""
+    with mock.patch.object(ops, "encode_pack", side_effect=ValueError("boom")) if here else nullcontext():
+        yield
 
 
 class RankError(RuntimeError):

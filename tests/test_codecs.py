@@ -6,7 +6,7 @@ import torch
 from laws import gaussian
 
 from terncomm import Int8, Ternary
-from terncomm.codecs import codec_for
+from terncomm.codecs import Half, codec_for
 from terncomm.keys import Key
 from terncomm.segments import Segments
 
@@ -136,12 +136,13 @@ def test_codec_names():
     assert codec_for("int8") == Int8(block=2048)
     mine = Ternary(clip=1.5)
     assert codec_for(mine) is mine
-    with pytest.raises(ValueError, match="unknown codec 'int4'; known: int8, terngrad"):
+    with pytest.raises(ValueError, match="unknown codec 'int4'; known: bf16, fp16, int8, terngrad"):
         codec_for("int4")
-    with pytest.raises(ValueError, match=r"unknown codec 'TernGard' \(did you mean 'terngrad'\?\); known: int8"):
+    with pytest.raises(ValueError, match=r"unknown codec 'TernGard' \(did you mean 'terngrad'\?\); known: bf16"):
         codec_for("TernGard")
-    with pytest.raises(ValueError, match=r"unknown codec 'fp16' \(PyTorch has it: default_hooks"):
-        codec_for("fp16")
+    assert (codec_for("bf16"), codec_for("fp16")) == (Half("bf16"), Half("fp16"))
+    with pytest.raises(ValueError, match=r"unknown codec 'none' \(for none, register no hook\)"):
+        codec_for("none")
     with pytest.raises(TypeError, match=r"it is to be called, Ternary\(\)"):
         codec_for(Ternary)
     with pytest.raises(TypeError, match="a name or a terncomm codec, got 8"):

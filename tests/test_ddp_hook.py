@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import wire_bytes
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 import terncomm
 from terncomm import CommState, Int8, Ternary, ops
 from terncomm.codecs import codec_for
-from terncomm.exchange import SMALL, choose, float_traffic, traffic
 from terncomm.keys import Key
 from terncomm.layers import structural
 from terncomm.reduce import all_reduce_mean
@@ -564,17 +564,9 @@ def bucket_bytes(order, shapes, codec, exchange, world_size):
     """(exact bytes, all bytes) that a rank sends for a bucket."""
     sizes = [shapes[number].numel() for number in order]
     coded = [size for size, number in zip(sizes, order, strict=True) if len(shapes[number]) > 1 and size >= 1024]
-    exact = float_traffic(sum(sizes) - sum(coded), 4, world_size)
-    total = 256 * (world_size - 1) + exact
-    if coded:
-        scaled = codec.scaled(Segments(coded))
-        if 4 * len(scaled) > 256 - 48:
-            assert world_size * 4 * len(scaled) <= SMALL
-            total += (world_size - 1) * 4 * len(scaled)
-        returned = codec.narrowing(scaled, Key(0), world_size=world_size)
-        plan = choose(exchange, sum(coded), codec.alphabet, world_size, returned)
-        total += traffic(plan.algorithm, sum(coded), codec.alphabet, world_size, returned)
-    return exact, total
+    rest = sum(sizes) - sum(coded)
+    groups = [(codec, codec.scaled(Segments(coded)).sizes)] if coded else []
+    return wire_bytes.float_bytes(rest, 4, world_size), wire_bytes.bucket(groups, [(rest, 4)], world_size, exchange)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -709,10 +701,10 @@ def test_exact_steps_are_bit_equal_to_plain_ddp(on_ranks, how):
     for equal, stats, buckets, sizes, coded in on_ranks(2, exact_beside_plain, how):
         assert len(equal) == 3
         assert all(map(all, equal))
-        exact = sum(float_traffic(sum(sizes[number] for number in bucket), 4, 2) for bucket in buckets)
+        numels = [sum(sizes[number] for number in bucket) for bucket in buckets]
         assert len(buckets) >= 12
-        assert stats["exact_bytes"] == exact
-        assert stats["wire_bytes"] == exact + 256 * len(buckets)
+        assert stats["exact_bytes"] == sum(wire_bytes.float_bytes(numel, 4, 2) for numel in numels)
+        assert stats["wire_bytes"] == sum(wire_bytes.bucket([], [(numel, 4)], 2) for numel in numels)
         assert (stats["coded_numel"], stats["exact_numel"]) == (0, 3 * sum(sizes))
         assert coded == [4 * 48 * 48 + 24 * 48 if how == "disabled" else 0, 0]
 
@@ -895,7 +887,10 @@ def test_ranks_configured_differently(on_ranks, field, here, there):
 
 def test_options_refused_on_one_rank(on_ranks):
     told = on_ranks(3, refused_on_one)
-    assert told[1][:2] == ("ValueError", "unknown codec 'int4'; known: int8, terngrad, or a codec such as Ternary()")
+    assert told[1][:2] == (
+        "ValueError",
+        "unknown codec 'int4'; known: bf16, fp16, int8, terngrad, or a codec such as Ternary()",
+    )
     for kind, text, seconds in (told[0], told[2]):
         assert kind == "ConfigurationsDiffer"
         assert "rank 1 refused its options: unknown codec 'int4'" in text
@@ -957,7 +952,7 @@ NAMES = [("a.weight", nn.Parameter(torch.zeros(2, 2))), ("b.weight", nn.Paramete
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"codec": "ternary"}, ValueError, "unknown codec 'ternary'; known: int8, terngrad"),
+        ({"codec": "ternary"}, ValueError, "unknown codec 'ternary'; known: bf16, fp16, int8, terngrad"),
         ({"codec": 8}, TypeError, "a name or a terncomm codec"),
         ({"exchange": "ring"}, ValueError, "exchange must be one of auto, gather, two_phase"),
         ({"min_numel": -1}, ValueError, "min_numel must not be negative"),

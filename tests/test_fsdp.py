@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import encoding_breaks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -13,8 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
 from terncomm.keys import Key
+from terncomm.path.account import Context
+from terncomm.path.drivers import blocking
+from terncomm.path.reduce import reduce_scatter
+from terncomm.path.shards import Shards
 from terncomm.reduce import all_reduce_mean
-from terncomm.scatter import Shards, reduce_scatter
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, ProcessGroupTransport
 
@@ -306,14 +310,15 @@ def test_registering_after_a_forward_pass(on_ranks):
 @pytest.mark.parametrize("divisor", [1.0, 3.0])
 def test_padding_becomes_zero_and_exact_layers_are_exact(divisor):
     """Three ranks; parameters of 10, 7 and 1 elements, the second coded."""
-    shards = Shards.by_chunks([10, 7, 1], [4, 3, 1], [0, 1, 2], [False, True, False], 3)
+    shards = Shards.by_chunks([10, 7, 1], [4, 3, 1], [0, 1, 2], [None, terncomm.Int8(), None], 3)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randint(-8, 9, (24,), generator=generator).float() for _ in range(3)]
 
     def work(transport):
         out = torch.full((8,), torch.nan)
         flat = inputs[transport.rank].clone()
-        reduce_scatter(flat, shards, terncomm.Int8(), transport, key=Key(0), divisor=divisor, out=out)
+        ctx = Context(Key(0), transport.rank, transport.world_size)
+        blocking(reduce_scatter(flat, shards, ctx, divisor=divisor, out=out), transport)
         return out
 
     for rank, out in enumerate(LocalTransport.run(3, work)):
@@ -392,11 +397,10 @@ def test_it_is_switched_off_and_on(on_ranks):
 
 def failing(model, rank):
     """What is raised here when encoding breaks on one rank."""
-    state = terncomm.register(model, "int8")
+    terncomm.register(model, "int8")
     backward(model, 0)
-    if dist.get_rank() == rank:
-        state.codec = "broken"
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - each rank has its own
+    here = dist.get_rank() == rank
+    with encoding_breaks(here), pytest.raises(Exception) as caught:  # noqa: PT011 - each rank has its own
         backward(model, 1)
     return str(caught.value)
 
@@ -406,7 +410,9 @@ def one_rank_fails():
 
 
 def test_a_rank_that_fails_is_named_to_the_others(on_ranks):
-    assert "rank 1 failed in" in on_ranks(2, one_rank_fails)[0]
+    told = on_ranks(2, one_rank_fails)[0]
+    assert "rank 1 failed in" in told
+    assert "encode: ValueError: boom" in told
 
 
 def bad_calls():

@@ -34,7 +34,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import TensorDataset
 
 import terncomm
-from terncomm.exchange import ALGORITHMS
+from terncomm.path.bucket import EXCHANGES
 from terncomm.simulator import Experiment, Workload, simulate
 from terncomm.transports import LocalTransport
 
@@ -77,7 +77,7 @@ def by_fsdp1(codec, strategy):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("exchange", ALGORITHMS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_ddp(on_ranks, world_size, exchange):
     compare_jobs(f"DDP, exchange={exchange}", on_ranks(world_size, by_ddp, exchange))
 
@@ -174,7 +174,7 @@ def test_simulation(codec):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5])
-@pytest.mark.parametrize("exchange", ALGORITHMS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_the_path_itself(world_size, exchange):
     for entry, by_rank in paths(world_size, exchange).items():
         compare_ranks(f"all_reduce_mean over threads, exchange={exchange}", entry, by_rank)

@@ -29,9 +29,9 @@ def test_names(given, known):
 
 def test_a_module_of_the_users_can_be_skipped():
     layers = layers_of("module.a", "other.b", skip=["module"])
-    assert layers.coded_names == ["other.b"]
-    assert layers_of("module.a", "module.b", skip=["module.a"]).coded_names == ["b"]
-    assert layers_of("module.a", "module.b", skip=["a"]).coded_names == ["b"]
+    assert list(layers.coded_names) == ["other.b"]
+    assert layers_of("module.a", "module.b", skip=["module.a"]).coded_names.keys() == {"b"}
+    assert layers_of("module.a", "module.b", skip=["a"]).coded_names.keys() == {"b"}
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module", "2._fsdp_wrapped_module", "_orig_mod.2"])

@@ -6,17 +6,20 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+import wire_bytes
 from forked import run_job
+from ranks import encoding_breaks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
 from terncomm.cluster.namespaces import NotPermitted, traffic
 from terncomm.cluster.network import network
-from terncomm.exchange import traffic as code_bytes
 from terncomm.keys import Key
-from terncomm.levels import all_reduce_mean_between
-from terncomm.reduce import Clock, all_reduce_mean
+from terncomm.path.account import Context
+from terncomm.path.drivers import blocking
+from terncomm.path.reduce import all_reduce_mean_between_nodes
+from terncomm.reduce import all_reduce_mean, bucket_of
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, ProcessGroupTransport
 
@@ -50,16 +53,10 @@ def path(nodes, codec, dtype):
     everyone = [torch.randn(n, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(world_size)]
     inside, between = map(ProcessGroupTransport, groups(nodes))
     found = everyone[rank].clone()
-    arguments = {"key": Key(3, 4, 0), "clock": Clock()}
-    all_reduce_mean_between(
-        found,
-        Segments([700, 290], offsets=[0, 711], layers=[5, 7]),
-        codec,
-        inside,
-        between,
-        exact=Segments([11], offsets=[700]),
-        **arguments,
-    )
+    coded, exact = Segments([700, 290], offsets=[0, 711], layers=[5, 7]), Segments([11], offsets=[700])
+    levels = [Context(Key(3, 4, 0), each.rank, each.world_size) for each in (inside, between)]
+    steps = all_reduce_mean_between_nodes(found, bucket_of(coded, codec, exact), *levels)
+    blocking(steps, {"node": inside, "between": between})
     width = -(-n // len(nodes[0]))
     rows = []
     for place in range(len(nodes[0])):
@@ -125,7 +122,7 @@ def test_gradients_are_plain_ddps_but_for_codes_between_nodes(on_ranks):
         header = 256
         assert told["intra_bytes"] == 2 * 4 * -(-total // 2) + header
         between = told["wire_bytes"] - told["intra_bytes"]
-        rows = code_bytes("auto", -(-coded // 2), (-127, 127), 2)
+        rows = sum(wire_bytes.codes(terncomm.Int8(), [-(-coded // 2)], 2))
         assert between == pytest.approx(rows + told["exact_bytes"] - told["intra_bytes"] + 2 * header, rel=0.1)
         assert between < 0.6 * 4 * total / 2
 
@@ -167,7 +164,7 @@ def test_what_leaves_a_node_is_what_one_rank_would_send(tmp_path):
     assert [end.status for end in job] == [0] * 4, "\n".join(end.text for end in job)
     told = [json.loads((tmp_path / f"bytes-{rank}.json").read_text()) for rank in range(4)]
     steps, coded, exact = 6, 2 * 1024 * 512, 512 + 1024 + 8 + 1024 * 8
-    alone = steps * (code_bytes("auto", coded, (-1, 1), 2) + 4 * exact)
+    alone = steps * (sum(wire_bytes.codes(terncomm.Ternary(), [coded], 2)) + 4 * exact)
     for first in (0, 2):
         counted = sum(told[rank][1] for rank in (first, first + 1))
         assert counted == pytest.approx(alone, rel=0.05)
@@ -176,11 +173,9 @@ def test_what_leaves_a_node_is_what_one_rank_would_send(tmp_path):
 
 def one_rank_fails(nodes):
     model = DistributedDataParallel(made())
-    state = terncomm.register(model, "int8", intra_group=groups(nodes)[0])
+    terncomm.register(model, "int8", intra_group=groups(nodes)[0])
     backward(model)
-    if dist.get_rank() == 2:
-        state.codec = "broken"
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - each rank has its own
+    with encoding_breaks(dist.get_rank() == 2), pytest.raises(Exception) as caught:  # noqa: PT011 - each has its own
         backward(model, 1)
     return str(caught.value)
 

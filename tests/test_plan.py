@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from terncomm.cli import main
-from terncomm.exchange import Message
+from terncomm.path.drivers import Call
 from terncomm.segments import Segments
 from terncomm.simulator.codec_costs import FREE, Cost, Echo, measure
 from terncomm.simulator.fabric import KINDS, Measured, Software, Switched
@@ -94,22 +94,22 @@ def test_timeline_refuses():
 )
 def test_bytes_through_a_node(kind, per_node, wanted):
     fabric = Switched(MBYTE, per_node, software=QUICK)
-    assert fabric.seconds(Message(kind, 1_000_000), 8) == pytest.approx(wanted)
+    assert fabric.seconds(Call(kind, 1_000_000), 8) == pytest.approx(wanted)
 
 
 def test_delays_and_rounds():
     slow = Switched(Link("", 8e15, delay_s=0.01, efficiency=1.0), software=QUICK)
-    assert slow.seconds(Message("all_reduce", 1000), 4) == pytest.approx(6 * 0.01)  # 2 (W - 1) rounds
-    assert slow.seconds(Message("all_gather", 2**18), 4) == pytest.approx(0.01)  # on its way for longer than it takes
-    assert slow.seconds(Message("all_gather", 2**18 + 1), 4) == pytest.approx(3 * 0.01)
+    assert slow.seconds(Call("all_reduce", 1000), 4) == pytest.approx(6 * 0.01)  # 2 (W - 1) rounds
+    assert slow.seconds(Call("all_gather", 2**18), 4) == pytest.approx(0.01)  # on its way for longer than it takes
+    assert slow.seconds(Call("all_gather", 2**18 + 1), 4) == pytest.approx(3 * 0.01)
     in_turn = Switched(slow.link, software=Software("", 0.0, 0.0, incast=1.5, steps=True))
-    assert in_turn.seconds(Message("all_gather", 2**18 + 1), 4) == pytest.approx(0.01)  # all chunks are under way
+    assert in_turn.seconds(Call("all_gather", 2**18 + 1), 4) == pytest.approx(0.01)  # all chunks are under way
     tree = Switched(slow.link, software=Software("", 0.0, 0.0, tree=True))
-    assert tree.seconds(Message("all_reduce", 1000), 1024) == pytest.approx(2 * 10 * 0.01)
+    assert tree.seconds(Call("all_reduce", 1000), 1024) == pytest.approx(2 * 10 * 0.01)
     incast = Switched(MBYTE, software=Software("", 0.0, 0.0, incast=1.5))
-    assert incast.seconds(Message("all_to_all", 1000), 4) == pytest.approx(1.5 * 3e-3)
-    assert incast.seconds(Message("all_to_all", 1000), 2) == pytest.approx(1e-3)
-    assert slow.seconds(Message("all_to_all", 1000), 1) == 0
+    assert incast.seconds(Call("all_to_all", 1000), 4) == pytest.approx(1.5 * 3e-3)
+    assert incast.seconds(Call("all_to_all", 1000), 2) == pytest.approx(1e-3)
+    assert slow.seconds(Call("all_to_all", 1000), 1) == 0
 
 
 def test_measured_lines():
@@ -121,23 +121,23 @@ def test_measured_lines():
         {kind: 0.1 * i for i, kind in enumerate(KINDS)},
         dict.fromkeys(KINDS, 0.0),
     )
-    (halves,) = reduction_for("fp16").messages(Segments([300]), Segments([]), 4)  # 2 / 4 of 600 bytes
+    (halves,) = reduction_for("fp16").calls(Segments([300]), Segments([]), 4)  # 2 / 4 of 600 bytes
     assert fabric.seconds(halves, 4) == pytest.approx(2 * 3.5)
     assert fabric.busy(halves) == pytest.approx(0.1)
-    (floats,) = reduction_for("none").messages(Segments([150]), Segments([]), 4)
+    (floats,) = reduction_for("none").calls(Segments([150]), Segments([]), 4)
     assert fabric.seconds(floats, 4) == pytest.approx(3.5)
     assert fabric.busy(floats) == 0
-    assert fabric.busy(Message("all_gather", 200)) == pytest.approx(0.2)  # a small one goes all to all
+    assert fabric.busy(Call("all_gather", 200)) == pytest.approx(0.2)  # a small one goes all to all
     for nbytes, wanted in [(100, 1.0), (150, 2.0), (300, 3.5), (800, 6.0)]:
-        assert fabric.seconds(Message("all_to_all", nbytes), 4) == pytest.approx(wanted)
-    assert fabric.seconds(Message("all_gather", 0), 4) == 0
+        assert fabric.seconds(Call("all_to_all", nbytes), 4) == pytest.approx(wanted)
+    assert fabric.seconds(Call("all_gather", 0), 4) == 0
     with pytest.raises(ValueError, match="measured were 4 ranks, not 8"):
-        fabric.seconds(Message("all_to_all", 1), 8)
+        fabric.seconds(Call("all_to_all", 1), 8)
 
 
 def test_prediction_adds_up():
     cost = Cost((1.0, 2.0, 3.0), (0.0, 0.0, 0.001))
-    load = Load((Message("all_gather", 1_000_000), Message("all_to_all", 1_000_000)), 1000)
+    load = Load((Call("all_gather", 1_000_000), Call("all_to_all", 1_000_000)), 1000)
     found = predict(Compute(1, (1.0,), 1), [load], 2, Switched(MBYTE, software=QUICK), cost)
     assert (found.encode_s, found.exchange_s, found.decode_s) == pytest.approx((1.0, 2.0, 2.0 + 4.0))
     assert predict(Compute(1, (1.0,), 1), [load], 1, Switched(MBYTE), cost).step_s == 2

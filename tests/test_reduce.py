@@ -1,14 +1,14 @@
 import pytest
 import torch
-from laws import gaussian, reduce, same_bits, sent_bytes
+import wire_bytes
+from laws import Recorded, gaussian, reduce, same_bits, sent_bytes
 
-from terncomm import Int8, Ternary, exchange
+from terncomm import Int8, Ternary
 from terncomm.keys import Key
 from terncomm.ops import reference
 from terncomm.reduce import RanksDiffer, all_reduce_mean, messages
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport
-from terncomm.wire import packing_for
 
 CODECS = [Ternary(clip=2.5), Ternary(clip=None), Int8(block=100), Int8(block=None), Int8(returned="exact")]
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=repr)
@@ -147,16 +147,13 @@ def test_the_global_generator_is_untouched():
 def test_bytes_sent_in_all_against_a_ring(world_size, ternary, int8):
     """Scales, checks and padding included, on half a million elements."""
     n = 500_000
-    ring = exchange.float_traffic(n, 4, world_size)
+    ring = wire_bytes.float_bytes(n, 4, world_size)
+    layers = Segments([400_000, 100_000])
     for codec, times in ((Ternary(), ternary), (Int8(block=2048), int8)):
-        sent = sent_bytes(codec, gaussian(1, n).expand(world_size, -1), Segments([400_000, 100_000]))
+        sent = sent_bytes(codec, gaussian(1, n).expand(world_size, -1), layers)
         assert len(set(sent)) == 1, "ranks send alike"
         assert ring / sent[0] > times, codec
-        formula = (world_size - 1) * 256 + exchange.traffic(
-            exchange.choose("auto", n, codec.alphabet, world_size).algorithm, n, codec.alphabet, world_size
-        )
-        if isinstance(codec, Ternary):
-            assert sent[0] == formula
+        assert sent[0] == wire_bytes.bucket([(codec, codec.scaled(layers).sizes)], [], world_size)
 
 
 def test_many_scales_are_shared_in_two_phases():
@@ -236,11 +233,11 @@ def test_the_fused_kernel_is_what_runs(monkeypatch):
             return self.inner.all_to_all(rows)
 
     all_reduce_mean(gaussian(1000), Segments([1000]), Ternary(), Spy(LocalTransport.world(1)[0]), key=0)
-    assert seen == [256, 200]
+    assert seen == [256, 208]
     seen.clear()
     two = Spy(LocalTransport.world(1)[0])
     all_reduce_mean(gaussian(1000), Segments([1000]), Ternary(), two, key=0, exchange="two_phase")
-    assert seen == [256, (1, 200), packing_for(-1, 1).nbytes(1000)]
+    assert seen == [256, (1, 208), 208]
 
 
 def test_headers_that_arrive_later_poison_now_and_raise_then():
@@ -267,21 +264,6 @@ def test_headers_that_arrive_later_poison_now_and_raise_then():
         return mean
 
     assert torch.equal(LocalTransport.run(3, agreeing)[1], torch.ones(100))
-
-
-class Recorded:
-    """A transport that writes down its calls."""
-
-    def __init__(self, inner):
-        self.inner, self.rank, self.world_size, self.calls = inner, inner.rank, inner.world_size, []
-
-    def all_gather(self, payload):
-        self.calls.append(exchange.Message("all_gather", payload.numel()))
-        return self.inner.all_gather(payload)
-
-    def all_to_all(self, rows):
-        self.calls.append(exchange.Message("all_to_all", rows.shape[1]))
-        return self.inner.all_to_all(rows)
 
 
 @pytest.mark.parametrize("codec", [*CODECS, None], ids=repr)

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import wire_bytes
 from planted_faults import OneScalePerBucket, RoundedTwice
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +18,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import terncomm
 from terncomm import Ternary
 from terncomm.cli import main
-from terncomm.exchange import float_traffic
 from terncomm.simulator.buckets import first_buckets, rebuilt_buckets
 from terncomm.simulator.links import Link
 from terncomm.simulator.profile import profile
@@ -198,10 +198,10 @@ def test_a_worker_that_raises_ends_all():
 
 def test_a_worker_that_raises_in_the_exchange_ends_all():
     class Breaks(Coded):
-        def reduce(self, flat, coded, exact, transport, key):
-            if transport.rank == 1:
+        def path(self, flat, coded, exact, ctx):
+            if ctx.rank == 1:
                 raise ZeroDivisionError("boom")
-            super().reduce(flat, coded, exact, transport, key)
+            yield from super().path(flat, coded, exact, ctx)
 
     with pytest.raises(ZeroDivisionError, match="boom"):
         simulate(experiment(), workload=workload(), reduction=Breaks(Ternary()))
@@ -382,7 +382,7 @@ def _alive(pid):
 
 def test_bytes_of_none_are_the_rings():
     record, _ = simulated("none", 3, epochs=1)
-    exact = sum(float_traffic(n, 4, 3) for n in (record["parameters"],))
+    exact = wire_bytes.float_bytes(record["parameters"], 4, 3)
     assert record["history"][-1]["sent_bytes"] == pytest.approx(exact * STEPS // 2, rel=0.02)
 
 

@@ -12,9 +12,11 @@ from torch import nn
 
 import terncomm
 from terncomm.codecs import codec_for
-from terncomm.hooks.runner import OrderedWorker
 from terncomm.keys import Key
-from terncomm.reduce import RanksDiffer, all_reduce_mean
+from terncomm.path import reduce as path
+from terncomm.path.account import Account, Clock, Context
+from terncomm.path.pipeline import Pipeline
+from terncomm.reduce import RanksDiffer, all_reduce_mean, bucket_of
 from terncomm.segments import Segments
 from terncomm.simulator.codec_costs import Echo
 from terncomm.transports import LocalTransport
@@ -212,16 +214,23 @@ def test_refused():
         terncomm.Watch(averager, log_every=-1)
 
 
+@pytest.mark.parametrize("driver", ["blocking", "pipelined"])
 @pytest.mark.parametrize("codec", ["terngrad", "int8"])
-def test_phases_have_names_in_a_profile(codec):
-    """On the hook's own thread, too."""
+def test_phases_have_names_in_a_profile(codec, driver):
+    """On the hook's own threads, too."""
+    layers, key, transport = Segments([64]), Key(0, 1, bucket=3), Echo(2)
+    pipeline = Pipeline()
 
     def work():
-        return all_reduce_mean(torch.ones(64), Segments([64]), codec_for(codec), Echo(2), key=Key(0, 1, bucket=3))
+        if driver == "blocking":
+            return all_reduce_mean(torch.ones(64), layers, codec_for(codec), transport, key=key)
+        ctx = Context(key, transport.rank, transport.world_size, Account(clock := Clock()))
+        steps = path.all_reduce_mean(torch.ones(64), bucket_of(layers, codec_for(codec)), ctx)
+        return pipeline.submit(steps, {"all": transport}, clock, lambda error, phase: error).wait()
 
     every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    worker = OrderedWorker()
     with torch.profiler.profile(experimental_config=every_thread) as profile:
-        worker.submit(work).wait()
+        work()
     found = {each.name for each in profile.events()}
-    assert {f"terncomm {part}, bucket 3" for part in ("measure", "share", "encode", "exchange", "decode")} <= found
+    parts = ["measure", "share", "encode", "decode", *(["all_gather"] if driver == "blocking" else [])]
+    assert {f"terncomm {part}, bucket 3" for part in parts} <= found

@@ -1,42 +1,9 @@
-"""Codecs: gradients to small integers under a shared scale, and back."""
+"""Codecs: gradients to something smaller that adds over ranks, and back."""
 
-import difflib
-
-from terncomm.codecs.base import Codec
+from terncomm.codecs.base import Codec, Half, IntegerCodec
 from terncomm.codecs.int8 import Int8
+from terncomm.codecs.named import codec_for
+from terncomm.codecs.rules import CodecLike, Rules
 from terncomm.codecs.ternary import Ternary
 
-__all__ = ["Codec", "Int8", "Ternary", "codec_for"]
-
-_ELSEWHERE = {
-    "none": " (for none, register no hook)",
-    "fp16": " (PyTorch has it: default_hooks.fp16_compress_hook)",
-    "bf16": " (PyTorch has it: default_hooks.bf16_compress_hook)",
-}
-_NAMED = {"terngrad": Ternary(clip=2.5), "int8": Int8(block=2048)}
-
-
-def codec_for(codec: "str | Codec") -> Codec:
-    """A codec from its name: "terngrad" is `Ternary(clip=2.5)` as published, "int8" is `Int8(block=2048)`.
-
-    Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor a codec.
-
-    >>> codec_for("int8")
-    Int8(block=2048, returned='int8')
-    """
-    if isinstance(codec, Codec):
-        return codec
-    if not isinstance(codec, str):
-        raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}{_hint(codec)}")
-    if codec not in _NAMED:
-        meant = difflib.get_close_matches(codec.lower(), _NAMED, n=1, cutoff=0.8)
-        advice = f" (did you mean {meant[0]!r}?)" if meant else _ELSEWHERE.get(codec, "")
-        known = ", ".join(sorted(_NAMED))
-        raise ValueError(f"unknown codec {codec!r}{advice}; known: {known}, or a codec such as Ternary()")
-    return _NAMED[codec]
-
-
-def _hint(codec: object) -> str:
-    return f": it is to be called, {codec.__name__}()" if isinstance(codec, type) and issubclass(codec, Codec) else ""
+__all__ = ["Codec", "CodecLike", "Half", "Int8", "IntegerCodec", "Rules", "Ternary", "codec_for"]

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from terncomm.reduce import joined
+from terncomm.path.drivers import blocking
+from terncomm.path.reduce import joined
 from terncomm.transports.base import Transport
 
 
@@ -23,7 +24,7 @@ def agree_on(configuration: dict[str, Any], transport: Transport, *, device: tor
         RanksDiffer: some ranks reduce gradients meanwhile.
     """
     mine = json.dumps(configuration, sort_keys=True).encode()
-    lengths = joined(len(mine), transport, device)
+    lengths = blocking(joined(len(mine), transport.rank, device), transport)
     message = torch.zeros(max(lengths), dtype=torch.uint8)
     message[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
     received = transport.all_gather(message.to(device)).cpu()

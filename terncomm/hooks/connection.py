@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from terncomm.hooks.agreement import agree_on
+from terncomm.torch_internals import gloo_options_like, nccl_options, store_of, timeout_of
 from terncomm.transports import Metered, ProcessGroupTransport, RankFailed
 from terncomm.transports.process_group import backend_for
 
@@ -200,10 +201,10 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
         ConfigurationsDiffer: ranks are configured differently.
     """
     theirs = backend_for(group, device)
-    limit = _timeout(theirs)
+    limit = timeout_of(theirs)
     patience_s = min(5.0, limit.total_seconds() / 10)  # to hear what others tell; twice, still within the timeout
     rank, world_size = group.rank(), group.size()
-    store = dist.distributed_c10d._get_process_group_store(group)
+    store = store_of(group)
     counter, whole = f"terncomm/connections/{rank}", store
     store = PrefixStore(f"terncomm/{whole.add(counter, 1)}", whole)
     ranks = dist.get_process_group_ranks(group)
@@ -277,23 +278,12 @@ def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
 def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: timedelta) -> Any:
     """A backend of the same kind over the same ranks; `None` for a kind that we cannot make."""
     if theirs.name() == "gloo":
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices, options._threads = theirs.options._devices, theirs.options._threads
-        options._timeout = limit
-        return dist.ProcessGroupGloo(store, rank, world_size, options)
+        return dist.ProcessGroupGloo(store, rank, world_size, gloo_options_like(theirs, limit))
     if theirs.name() == "nccl":
-        nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = limit
-        return dist.ProcessGroupNCCL(store, rank, world_size, nccl)
+        return dist.ProcessGroupNCCL(store, rank, world_size, nccl_options(limit))
     return None
 
 
 def _registered(ranks: list[int]) -> Any:
     # Synchronized among these ranks only: a sub-group must not need the rest of the world.
     return dist.new_group(ranks, use_local_synchronization=True)
-
-
-def _timeout(backend: Any) -> timedelta:
-    """How long the user's group waits."""
-    options = getattr(backend, "options", None)
-    return getattr(options, "_timeout", None) or dist.default_pg_timeout

@@ -1,7 +1,7 @@
 """The hook for `torch.nn.parallel.DistributedDataParallel`."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -9,15 +9,17 @@ import torch.distributed as dist
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from terncomm.codecs import Codec
+from terncomm.codecs import CodecLike
 from terncomm.hooks.agreement import ConfigurationsDiffer
-from terncomm.hooks.connection import connect
 from terncomm.hooks.fsdp import register_fsdp
 from terncomm.hooks.fsdp1 import fsdp1_units, register_fsdp1
 from terncomm.hooks.nodes import levels_between, node_of
 from terncomm.hooks.sharded import ShardState
 from terncomm.hooks.state import CommState
 from terncomm.layers import GROUPS
+from terncomm.path.stages import Stage
+from terncomm.torch_internals import comm_hook_of, uses_python_reducer, wrapped_module
+from terncomm.transports import Transport
 
 _log = logging.getLogger("terncomm")
 
@@ -36,12 +38,12 @@ def comm_hook(state: CommState, bucket: GradBucket) -> torch.futures.Future[torc
     """
     if not isinstance(bucket, GradBucket):  # a pair of gradient and parameter
         raise RuntimeError(_PYTHON_REDUCER)
-    return state._reduce(bucket)
+    return state.reduce(bucket)
 
 
 def register(
     model: torch.nn.Module,
-    codec: str | Codec,
+    codec: CodecLike,
     *,
     skip: Collection[str] = (),
     min_numel: int = 1024,
@@ -51,19 +53,27 @@ def register(
     exempt: Collection[str] = GROUPS,
     intra_group: dist.ProcessGroup | None = None,
     replicas: dist.ProcessGroup | None = None,
+    transport: Transport | None = None,
+    stages: Sequence[Stage] = (),
 ) -> CommState | ShardState:
     """Compress the gradient communication of a model. Collective: every rank calls it, with the same arguments.
 
     Args:
         model: a `DistributedDataParallel`, or a wrapper that holds one (torch.compile); or a model of `fully_shard`
             (FSDP2) or `FullyShardedDataParallel` (FSDP1), whose reduce-scatter then sends codes.
-        codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
+        codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`terncomm.hooks.options.Options`.
         intra_group: for DDP: the ranks of this node, equally many on all nodes. Gradients are then averaged as floats
             inside nodes and coded between nodes alone, where each rank sends its part of what one rank would send.
             Scales, and what a non-finite element spoils, are then of each rank's part of a layer.
         replicas: for `fully_shard` over a one-dimensional mesh: the group of the ranks that hold the same shard, in
             place of FSDP2's own hybrid sharding. Gradients are then reduced plainly inside the mesh, and coded between
             replicas.
+        transport: for DDP: moves the bytes, in place of a process group of our own: an object of one's own with what
+            :class:`terncomm.transports.Transport` asks for, whose blocking calls suffice, over the ranks of the model's
+            process group. It gets the buckets of this model, from one thread, and nobody else uses it meanwhile. A rank
+            that fails raises its own error, and the others what their transport raises when a rank does not come.
+        stages: for DDP without `intra_group`: what is done to the gradients of coded layers before they are coded, and
+            to their means, as error feedback does; see :class:`terncomm.path.stages.Stage`.
 
     Returns:
         The state, for `stats()`, `disable()` and `enable()`.
@@ -81,10 +91,17 @@ def register(
         "exchange": exchange,
         "seed": seed,
         "exempt": exempt,
+        "stages": tuple(stages),
     }
     sharded, units = _is_fully_sharded(model), fsdp1_units(model)
+    if stages and (sharded or units or intra_group is not None):
+        raise TypeError(
+            "stages= is for DistributedDataParallel without intra_group=: elsewhere a rank holds parts of layers only"
+        )
     if intra_group is not None and (sharded or units):
         raise TypeError("intra_group= is for DistributedDataParallel; models of fully_shard have replicas=")
+    if transport is not None:
+        _check_transport(transport, "fully_shard and FSDP" if sharded or units else "intra_group=" * bool(intra_group))
     if sharded:
         return register_fsdp(model, codec, options, replicas)
     if replicas is not None:
@@ -92,13 +109,13 @@ def register(
     if units:
         return register_fsdp1(model, units, codec, options)
     ddp = _unwrap(model)
-    if ddp._comm_hooks:
-        hook = getattr(ddp._comm_hooks[0][0], "__qualname__", repr(ddp._comm_hooks[0][0]))
+    if (hook := comm_hook_of(ddp)) is not None:
+        named = getattr(hook, "__qualname__", repr(hook))
         raise RuntimeError(
-            f"this DDP model already has a communication hook, {hook}, and DDP takes one for life. Make a new "
+            f"this DDP model already has a communication hook, {named}, and DDP takes one for life. Make a new "
             "DistributedDataParallel for another; a terncomm hook is switched with state.disable() and state.enable()."
         )
-    if getattr(ddp, "_use_python_reducer", False):
+    if uses_python_reducer(ddp):
         raise RuntimeError(_PYTHON_REDUCER)
     state: CommState | None = None
     refusal: Exception | None = None
@@ -111,29 +128,43 @@ def register(
             **options,
             named_parameters=ddp.module.named_parameters(),
             process_group=ddp.process_group,
+            transport=transport,
         )
-        state._layers.adopt(ddp.module)
-        configuration = {**state._configuration(), "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3)}
+        state.layers.adopt(ddp.module)
+        configuration = {**state.configuration(), "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3)}
         configuration["ranks in intra_group"] = len(node)
     except (TypeError, ValueError) as error:
         refusal = error
         configuration = {"refused": str(refusal)}
     device = next(ddp.parameters()).device
+    # A rank that refuses its options has to tell the others, over what they meet by.
+    meeting = state or CommState(process_group=ddp.process_group, transport=transport)
     try:
-        connection = connect(ddp.process_group, device, configuration)
+        connection = meeting.meet(device, configuration)
     except ConfigurationsDiffer:
         if refusal is None:
             raise
     if state is None:
         assert refusal is not None
         raise refusal
-    state._connect(connection)
     if node:
-        state._levels, state._in_levels = levels_between(connection, node, device), True
+        assert connection is not None
+        state.connect(connection.transport, connection, levels_between(connection, node, device))
     ddp.register_comm_hook(state, comm_hook)
-    if connection.transport.rank == 0:
-        _log.info("%s", state._summary())
+    if state.rank == 0:
+        _log.info("%s", state.summary())
     return state
+
+
+def _check_transport(transport: Any, refused: str) -> None:
+    """Raise a TypeError unless it is one, or if `refused`, what it does not go with, is not empty."""
+    if refused:
+        raise TypeError(f"transport= is for DistributedDataParallel alone: {refused} makes groups of its own")
+    missing = [name for name in ("rank", "world_size", "all_gather", "all_to_all") if not hasattr(transport, name)]
+    if missing:
+        raise TypeError(
+            f"transport: wanted rank, world_size, all_gather and all_to_all, {transport!r} lacks {missing[0]}"
+        )
 
 
 def _is_fully_sharded(model: Any) -> bool:
@@ -146,11 +177,8 @@ def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
         raise TypeError(f"wanted a DistributedDataParallel model, got {model!r}")
     inner: Any = model
     while not isinstance(inner, DistributedDataParallel):
-        for attribute in ("_orig_mod", "_forward_module"):
-            if isinstance(vars(inner).get(attribute) or getattr(inner, "_modules", {}).get(attribute), torch.nn.Module):
-                inner = getattr(inner, attribute)
-                break
-        else:
+        inner = wrapped_module(inner)
+        if inner is None:
             kind = type(model).__name__
             if kind.startswith("FSDP"):
                 raise TypeError(

@@ -8,10 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ReduceOp
 
-from terncomm.codecs import Codec
+from terncomm.codecs import Codec, CodecLike
 from terncomm.hooks.connection import connect
+from terncomm.hooks.options import Options
 from terncomm.hooks.sharded import ShardState, Unit
-from terncomm.scatter import Shards
+from terncomm.path.shards import Shards
+from terncomm.torch_internals import FSDP2Group, fsdp2_dimension, fsdp2_groups, fsdp2_parameter, fsdp2_shape
 
 
 class _Group(Unit):
@@ -19,30 +21,33 @@ class _Group(Unit):
 
     def __init__(self, state: ShardState, index: int, name: str, params: Sequence[Any]) -> None:
         self.params = list(params)
-        layers = state._layers
+        layers = state.layers
         # Parameters that are sharded along another dimension lie in the buffer in another order than they have.
         known = {
-            place: (layers.numbers[p.sharded_param], p.fsdp_placement.dim == 0 and layers.codes(p.sharded_param))
+            place: (
+                layers.numbers[sharded],
+                layers.codec_of(sharded) if fsdp2_dimension(p) == 0 else None,
+            )
             for place, p in enumerate(self.params)
-            if p.sharded_param in layers.numbers
+            if (sharded := fsdp2_parameter(p)) in layers.numbers
         }
         super().__init__(state, index, name, known)
 
     def needed(self) -> tuple[int, ...]:
         """See :class:`Unit`."""
-        return tuple(place for place, p in enumerate(self.params) if p.sharded_param.requires_grad)
+        return tuple(place for place, p in enumerate(self.params) if fsdp2_parameter(p).requires_grad)
 
     def lay(
-        self, places: Sequence[int], numbers: Sequence[int], coded: Sequence[bool], world_size: int, numel: int
+        self, places: Sequence[int], numbers: Sequence[int], codecs: Sequence[Codec | None], world_size: int, numel: int
     ) -> Shards:
         """See :class:`Unit`."""
-        shapes = [(self.params[place]._orig_size, self.params[place].fsdp_placement.dim) for place in places]
+        shapes = [(fsdp2_shape(self.params[place]), fsdp2_dimension(self.params[place])) for place in places]
         sizes = [shape.numel() for shape, _ in shapes]
         chunks = [
             -(-shape[0] // world_size) * shape[1:].numel() if shape and dim == 0 else -(-shape.numel() // world_size)
             for shape, dim in shapes
         ]
-        return Shards.by_chunks(sizes, chunks, numbers, coded, world_size)
+        return Shards.by_chunks(sizes, chunks, numbers, codecs, world_size)
 
 
 def _divisor(op: Any, world_size: int) -> float:
@@ -76,9 +81,7 @@ class ReduceScatter:
         async_op: bool = False,
     ) -> None:
         """Leave the reduced shard in `output_tensor`; done when it returns."""
-        transport = self._group.state._transport
-        assert transport is not None
-        self._group.reduce_scatter(input_tensor, output_tensor, _divisor(op, transport.world_size))
+        self._group.reduce_scatter(input_tensor, output_tensor, _divisor(op, self._group.state.world_size))
 
 
 class _BetweenReplicas:
@@ -93,63 +96,62 @@ class _BetweenReplicas:
 
 
 def register_fsdp(
-    model: nn.Module, codec: str | Codec, options: Mapping[str, Any], replicas: dist.ProcessGroup | None = None
+    model: nn.Module, codec: CodecLike, options: Mapping[str, Any], replicas: dist.ProcessGroup | None = None
 ) -> ShardState:
     """What :func:`terncomm.register` does with a model of `fully_shard`; see there.
 
     Raises:
         TypeError: the model, or a part of it, is sharded in a way that cannot be served; the message says why.
     """
-    found: list[tuple[str, Any, Any]] = []
+    found: list[tuple[str, Any, FSDP2Group]] = []
     for name, module in model.named_modules():
         if not hasattr(module, "set_custom_reduce_scatter"):
             continue
-        inner = module._get_fsdp_state()
-        groups = getattr(inner, "_fsdp_param_groups", None)
-        groups = [inner._fsdp_param_group] if groups is None else groups
+        groups = fsdp2_groups(module)
         if len(groups) > 1:
             raise TypeError(f"{name or 'the root'} has parameters on several meshes, which terncomm does not serve")
         module.reshard()  # after a forward pass the root's parameters are other objects
-        found += [(name or "the root", module, group) for group in groups if group is not None]
+        found += [(name or "the root", module, group) for group in groups]
     if not found:
         raise TypeError("no part of this model holds parameters that fully_shard has sharded")
     for name, _, group in found:
-        if isinstance(group._reduce_scatter_comm, ReduceScatter) or isinstance(
-            group._all_reduce_hook, _BetweenReplicas
-        ):
+        if isinstance(group.reduce_scatter, ReduceScatter) or isinstance(group.all_reduce_hook, _BetweenReplicas):
             raise RuntimeError(f"{name} is registered already: its state has disable() and enable()")
-        if not hasattr(group.mesh_info, "shard_process_group"):
+        if group.shards is None:
             raise TypeError(f"{name} is replicated, not sharded: use DistributedDataParallel")
-        if hasattr(group.mesh_info, "replicate_process_group"):
+        if group.replicas is not None:
             raise TypeError(
                 "this model is sharded over a two-dimensional mesh (HSDP), where FSDP all-reduces floats between "
                 "replicas before any hook runs. Shard over the inner mesh alone, fully_shard(module, "
                 "mesh=mesh['shard']), and give the replicas' group: terncomm.register(model, codec, "
                 "replicas=mesh.get_group('replicate'))"
             )
-    info = found[0][2].mesh_info
-    if any(group.mesh_info.shard_process_group is not info.shard_process_group for _, _, group in found):
+    shards, device = found[0][2].shards, found[0][2].device
+    assert shards is not None
+    rank, ranks = shards.rank(), shards.size()
+    if any(group.shards is not shards for _, _, group in found):
         raise TypeError("parts of this model are sharded over different groups, which terncomm does not serve")
-    inside = set(dist.get_process_group_ranks(info.shard_process_group))
+    inside = set(dist.get_process_group_ranks(shards))
     if replicas is not None and inside & set(dist.get_process_group_ranks(replicas)) != {dist.get_rank()}:
         raise ValueError(
             "replicas: wanted the group of the ranks that hold the same shard, got one with others of its mesh"
         )
-    state = ShardState(codec, **options, named_parameters=model.named_parameters())
-    state._layers.adopt(model)
-    if not state._layers.numbers:
+    state = ShardState(Options(codec=codec, **options), model.named_parameters())
+    state.layers.adopt(model)
+    if not state.layers.numbers:
         raise ValueError("no parameter requires a gradient: there is nothing to reduce")
-    configuration = state._configuration() | {
+    configuration = state.configuration() | {
         "fully_shard modules": len(found),
         "replicas": replicas is not None,
-        "shard": f"{info.shard_mesh_rank} of {info.shard_mesh_size}" if replicas is not None else "",
+        "shard": f"{rank} of {ranks}" if replicas is not None else "",
     }
-    state._connect(connect(replicas or info.shard_process_group, found[0][2].device, configuration))
+    connection = connect(replicas or shards, device, configuration)
+    state.connect(connection.transport, connection)
     for index, (name, module, group) in enumerate(found):
-        held = _Group(state, index, name, group.fsdp_params)
-        state._units.append(held)
+        held = _Group(state, index, name, group.params)
+        state.units.append(held)
         if replicas is None:
             module.set_custom_reduce_scatter(ReduceScatter(held))
         else:
-            module.set_all_reduce_hook(_BetweenReplicas(held, info.shard_mesh_rank, info.shard_mesh_size))
+            module.set_all_reduce_hook(_BetweenReplicas(held, rank, ranks))
     return state

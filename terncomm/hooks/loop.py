@@ -1,7 +1,7 @@
 """Gradients of any training loop, averaged over any transport: MPI, a process group, threads. DDP is not needed."""
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -10,11 +10,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from terncomm.codecs import Codec
+from terncomm.codecs import CodecLike
 from terncomm.hooks.agreement import agree_on
 from terncomm.hooks.averaging import Averaging
 from terncomm.hooks.connection import connect
-from terncomm.layers import GROUPS, in_memory_order
+from terncomm.hooks.options import Options
+from terncomm.hooks.overlap import Overlap
+from terncomm.layers import in_memory_order
+from terncomm.path.message import Path
+from terncomm.torch_internals import copy_all, default_group
 from terncomm.transports import Metered, Transport
 
 Gradient = torch.Tensor | np.ndarray
@@ -24,7 +28,7 @@ _CACHE = "_terncomm_averagers"
 
 
 class GradientAverager(Averaging):
-    """Replaces gradients by their compressed mean over ranks, after each backward pass, on the calling thread.
+    """Replaces gradients by their compressed mean over ranks, after each backward pass, or while it runs.
 
     For one seed the result is that of the DDP hook, bit for bit, on every transport. Collective: every rank makes one
     with the same arguments, and calls :meth:`reduce` equally often.
@@ -32,9 +36,13 @@ class GradientAverager(Averaging):
     Args:
         params: a module; or its parameters, with names or without. Embeddings and the output head are found in a module
             alone; with a list of parameters, name them in `skip`.
-        codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`CommState`.
+        codec: a codec, its name, or rules.
         transport: a :class:`terncomm.transports.Transport`, or a process group; by default the default process group.
         bucket_cap_mb: gradients are reduced in buckets of at most so many MiB; the result does not depend on it.
+        overlap: begin with a bucket as soon as the backward pass has left its gradients, on threads of their own;
+            :meth:`reduce` waits for all. Gradients must be dense, and one backward pass precedes each `reduce`. Else
+            everything happens in `reduce`, on the calling thread.
+        options: see :class:`terncomm.hooks.options.Options`.
 
     Raises:
         TypeError, ValueError: `params` or an option cannot be.
@@ -51,21 +59,18 @@ class GradientAverager(Averaging):
     [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]]
     """
 
-    _OWN = (*Averaging._OWN, "_scratch")
+    OWN = (*Averaging.OWN, "_scratch", "_overlap")
+    _overlap: Overlap | None
 
     def __init__(
         self,
         params: Parameters,
-        codec: str | Codec = "terngrad",
+        codec: CodecLike = "terngrad",
         transport: Transport | dist.ProcessGroup | None = None,
         *,
-        skip: Collection[str] = (),
-        min_numel: int = 1024,
-        warmup_steps: int = 0,
-        exchange: str = "auto",
-        seed: int = 0,
-        exempt: Collection[str] = GROUPS,
         bucket_cap_mb: float = 25.0,
+        overlap: bool = False,
+        **options: Any,
     ) -> None:
         if not bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
@@ -73,49 +78,43 @@ class GradientAverager(Averaging):
         if strange := [name for name, each in named if not isinstance(each, nn.Parameter)]:
             raise TypeError(f"wanted parameters, got a gradient, {strange[0]}: give gradients to reduce_gradients")
         parameters = dict(cast(list[tuple[str, nn.Parameter]], named))
-        super().__init__(
-            codec,
-            skip=skip,
-            min_numel=min_numel,
-            warmup_steps=warmup_steps,
-            exchange=exchange,
-            seed=seed,
-            exempt=exempt,
-            named_parameters=parameters.items(),
-        )
+        super().__init__(Options(codec=codec, **options), parameters.items())
         if isinstance(params, nn.Module):
-            self._layers.adopt(params)
+            self.layers.adopt(params)
         self._given = list(parameters.items())
         self._needed = [parameter.requires_grad for _, parameter in self._given]
-        self._parameters = list(self._layers.numbers)
-        if not self._parameters:
+        self.parameters = list(self.layers.numbers)
+        if not self.parameters:
             raise ValueError("no parameter requires a gradient: there is nothing to reduce")
         self._cap_bytes = bucket_cap_mb * 2**20
         self._join(transport)
+        self._overlap = Overlap(self) if overlap else None
 
     def _detach(self) -> None:
         super()._detach()
-        self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._scratch: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        self._overlap = None
 
     def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
         """Meet the other ranks, and see that they are configured alike."""
         listed = [
-            f"{self._layers.name(number)} {tuple(p.shape)} {p.stride()} {p.dtype}"
-            for number, p in enumerate(self._parameters)
+            f"{self.layers.name(number)} {tuple(p.shape)} {p.stride()} {p.dtype}"
+            for number, p in enumerate(self.parameters)
         ]
-        total = sum(parameter.numel() for parameter in self._parameters)
+        total = sum(parameter.numel() for parameter in self.parameters)
         order = zlib.crc32("\n".join(listed).encode())
-        held = f"{len(listed)} tensors of {total} elements, {self._layers.name(0)} first (checksum of all: {order:08x})"
-        configuration = {**self._configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
-        home = self._parameters[0].device
+        held = f"{len(listed)} tensors of {total} elements, {self.layers.name(0)} first (checksum of all: {order:08x})"
+        configuration = {**self.configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
+        home = self.parameters[0].device
         if transport is None or isinstance(transport, dist.ProcessGroup):
-            group = transport or dist.distributed_c10d._get_default_group()
-            self._connect(connect(group, home, configuration))
+            group = transport or default_group()
+            connection = connect(group, home, configuration)
+            self.connect(connection.transport, connection)
         else:
-            self._transport = Metered(transport)
             device = torch.device("cpu") if home.type == "meta" else home
-            agree_on(configuration, self._transport, device=device)
-        self.reset_stats()  # what joining took is not counted
+            metered = Metered(transport)
+            agree_on(configuration, metered, device=device)
+            self.connect(metered)
 
     def reduce(self) -> None:
         """Replace the gradient of every parameter by its mean over ranks; one that is None counts as zeros.
@@ -130,39 +129,62 @@ class GradientAverager(Averaging):
             if parameter.requires_grad != needed:
                 now = "requires a gradient now" if parameter.requires_grad else "requires no gradient any more"
                 raise RuntimeError(f"{name} {now}: make a new GradientAverager, and give it this one's state_dict()")
+        if self._overlap is not None:
+            self._overlap.finish()
+            return
         gradients = []
-        for each in self._parameters:
+        for each in self.parameters:
             if each.grad is None:
                 each.grad = torch.zeros_like(each, requires_grad=False)
             gradients.append(each.grad)
-        for each, mean in zip(self._parameters, self._reduce(gradients), strict=True):
+        for each, mean in zip(self.parameters, self.reduce_all(gradients), strict=True):
             each.grad = mean
 
     @torch.no_grad()
-    def _reduce(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    def reduce_all(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Gradients in the order of the parameters -> their means: the same tensors, but for sparse ones."""
-        assert self._transport is not None, "a copy of an averager has no transport; make a new one"
         index = 0
-        with self._failing_together(lambda: f"bucket {index} of step {self._step}"):
-            self._begin_step()
-            for index, places in enumerate(self._buckets(gradients)):
-                parameters = [self._parameters[place] for place in places]
+        with self.failing_together(lambda: f"bucket {index} of step {self._step}"):
+            self.begin_step()
+            buckets = self.buckets(gradients)
+            for index, places in enumerate(buckets):
+                final = index == len(buckets) - 1
+                parameters = [self.parameters[place] for place in places]
                 mine = [gradients[place] for place in places]
                 if mine[0].layout == torch.strided:
-                    self._reduce_bucket(index, parameters, mine)
+                    self.run(self.bucket_path(index, parameters, mine, final=final), index)
                 else:
-                    gradients[places[0]] = self._work(mine[0], parameters, index, self._transport)()
+                    path = self.path(mine[0], parameters, index, final=final)
+                    gradients[places[0]] = self.run(path, index)
         return gradients
 
-    @torch.no_grad()
-    def _reduce_bucket(self, index: int, parameters: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-        """Replace the dense gradients of bucket `index` by their means, in place."""
-        assert self._transport is not None
-        flat, views = self._gathered(gradients, parameters)
-        self._work(flat, parameters, index, self._transport)()
-        torch._foreach_copy_([_real(each) for each in gradients], views)
+    def bucket_path(
+        self, index: int, parameters: list[torch.Tensor], gradients: list[torch.Tensor], *, final: bool
+    ) -> Path[torch.Tensor]:
+        """The path of bucket `index`: its dense gradients are replaced by their means, in place."""
+        kind = gradients[0].dtype.to_real(), gradients[0].device
+        reals = [_real(gradient) for gradient in gradients]
+        scratch = self._take_scratch(kind, sum(real.numel() for real in reals))
+        flat, place, views = scratch[: sum(real.numel() for real in reals)], 0, []
+        for real, parameter in zip(reals, parameters, strict=True):
+            piece = flat[place : place + real.numel()]
+            views.append(piece.view(real.shape) if parameter.is_complex() else in_memory_order(piece, parameter))
+            place += real.numel()
+        copy_all(views, reals)
+        yield from self.path(flat, parameters, index, final=final)
+        copy_all(reals, views)
+        self._scratch.setdefault(kind, []).append(scratch)
+        return flat
 
-    def _buckets(self, gradients: list[torch.Tensor]) -> list[list[int]]:
+    def _take_scratch(self, kind: tuple[torch.dtype, torch.device], numel: int) -> torch.Tensor:
+        """Memory for a bucket that nobody else uses; what an earlier one left, if it is large enough."""
+        held = self._scratch.get(kind, [])
+        while held:
+            if (scratch := held.pop()).numel() >= numel:
+                return scratch
+        return torch.empty(numel, dtype=kind[0], device=kind[1])
+
+    def buckets(self, gradients: list[torch.Tensor]) -> list[list[int]]:
         """Places in the list of parameters that are reduced together: the last first, a sparse gradient by itself."""
         buckets: list[list[int]] = []
         room: dict[tuple[torch.dtype, torch.device], tuple[list[int], float]] = {}
@@ -180,27 +202,10 @@ class GradientAverager(Averaging):
             room[kind] = bucket, left - gradient.nbytes
         return buckets
 
-    def _gathered(
-        self, gradients: list[torch.Tensor], parameters: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A buffer with these gradients one after another, as they lie in DDP's buckets, and a view of each in it."""
-        kind = gradients[0].dtype.to_real(), gradients[0].device
-        reals = [_real(gradient) for gradient in gradients]
-        total = sum(real.numel() for real in reals)
-        if kind not in self._scratch or self._scratch[kind].numel() < total:
-            self._scratch[kind] = torch.empty(total, dtype=kind[0], device=kind[1])
-        flat, place, views = self._scratch[kind][:total], 0, []
-        for real, parameter in zip(reals, parameters, strict=True):
-            piece = flat[place : place + real.numel()]
-            views.append(piece.view(real.shape) if parameter.is_complex() else in_memory_order(piece, parameter))
-            place += real.numel()
-        torch._foreach_copy_(views, reals)
-        return flat, views
-
 
 def reduce_gradients(
     params: Parameters,
-    codec: str | Codec,
+    codec: CodecLike,
     transport: Transport,
     *,
     step: int | None = None,
@@ -264,7 +269,7 @@ def reduce_gradients(
             known[key] = GradientAverager(described, codec, transport, **options), needed
         except Exception as error:
             if before is not None:  # other ranks have failed, perhaps with theirs
-                before[0]._failed = error
+                before[0].give_up(error)
             raise
         if before is not None:  # parameters were frozen or thawed; steps are counted on
             known[key][0].load_state_dict(before[0].state_dict())
@@ -274,7 +279,7 @@ def reduce_gradients(
     if not tensors:
         averager.reduce()
         return
-    for (_, mine), mean in zip(tensors, averager._reduce([each for _, each in tensors]), strict=True):
+    for (_, mine), mean in zip(tensors, averager.reduce_all([each for _, each in tensors]), strict=True):
         if mean is not mine:  # sparse
             mine.copy_(mean)
 

@@ -1,10 +1,19 @@
 """Which ranks share a node: what `intra_group` says, checked over all ranks."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
 from terncomm.hooks.connection import Connection
-from terncomm.levels import Levels
+from terncomm.transports import Metered
+
+
+class Levels(NamedTuple):
+    """A rank's transports: to the ranks of its node, and to those of its place on every node."""
+
+    inside: Metered
+    between: Metered
 
 
 def node_of(group: dist.ProcessGroup, intra_group: dist.ProcessGroup) -> list[int]:

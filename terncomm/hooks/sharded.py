@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from terncomm.hooks.averaging import Averaging, advise
+from terncomm.codecs import Codec
+from terncomm.hooks.averaging import Averaging
 from terncomm.keys import Key
-from terncomm.scatter import Shards, reduce_scatter
-from terncomm.transports import Metered
+from terncomm.path.drivers import blocking
+from terncomm.path.reduce import reduce_scatter
+from terncomm.path.shards import Shards
 
 
 class ShardState(Averaging):
@@ -18,7 +20,7 @@ class ShardState(Averaging):
     Options are those of :class:`terncomm.CommState`. A step is a reduction of each FSDP module's parameters.
     """
 
-    _OWN = (*Averaging._OWN, "_units")
+    OWN = (*Averaging.OWN, "_units")
 
     def _detach(self) -> None:
         super()._detach()
@@ -35,21 +37,28 @@ class ShardState(Averaging):
         for place, unit in enumerate(self._units):
             unit.step = int(steps[place]) if len(steps) == len(self._units) else self._step
 
-    def _codes_now(self, step: int) -> bool:
-        return self._enabled_next and step >= self.warmup_steps
+    @property
+    def units(self) -> "list[Unit]":
+        """What FSDP reduces together, in the order of the model."""
+        return self._units
+
+    @property
+    def world_size(self) -> int:
+        """W."""
+        return self.transports["all"].world_size
 
 
 class Unit(ABC):
     """Parameters that FSDP reduces together, as number `index` of the model.
 
-    known: of those that required a gradient when terncomm was registered, by place: number, and whether they are coded.
+    known: of those that required a gradient when terncomm was registered, by place: number, and codec or None.
     """
 
-    def __init__(self, state: ShardState, index: int, name: str, known: dict[int, tuple[int, bool]]) -> None:
+    def __init__(self, state: ShardState, index: int, name: str, known: dict[int, tuple[int, Codec | None]]) -> None:
         self.state = state
         self.index = index
         self.name = name
-        self.step = state._step
+        self.step = state.step
         self._known = known
         self._made: dict[tuple[tuple[int, ...], int, int], tuple[Shards, Shards]] = {}
 
@@ -59,7 +68,7 @@ class Unit(ABC):
 
     @abstractmethod
     def lay(
-        self, places: Sequence[int], numbers: Sequence[int], coded: Sequence[bool], world_size: int, numel: int
+        self, places: Sequence[int], numbers: Sequence[int], codecs: Sequence[Codec | None], world_size: int, numel: int
     ) -> Shards:
         """The layout of these parameters in a buffer, which should have `numel` elements."""
 
@@ -78,67 +87,59 @@ class Unit(ABC):
                     f"a parameter of {self.name} required no gradient when terncomm.register was called, and does now: "
                     "register first, freeze after that"
                 )
-            numbers, coded = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
+            numbers, codecs = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
             made, plain = (
-                self.lay(places, numbers, which, world_size, numel) for which in (coded, [False] * len(places))
+                self.lay(places, numbers, which, world_size, numel) for which in (codecs, [None] * len(places))
             )
             if made.row * world_size != numel:
                 text = (
                     f"FSDP reduces {numel} elements of {self.name}, whose parameters make {made.row * world_size}: "
                     "some of them got no gradient, and which cannot be told. All of this module's travel exactly then"
                 )
-                assert self.state._transport is not None
-                advise(text, self.state._transport)
-                made = plain = Shards((), [[(0, numel // world_size)]] * world_size, numel // world_size)
+                self.state.complain(text)
+                made = plain = Shards(
+                    [], [(None, [[(0, numel // world_size)]] * world_size)], numel // world_size, world_size
+                )
             self._made[key] = made, plain
         return self._made[key]
 
-    def begin(self) -> tuple[Key, str, Metered]:
+    def begin(self) -> tuple[Key, str]:
         """A reduction of these parameters begins."""
         state, self.step = self.state, self.step + 1
-        if self.step > state._step:
-            state._begin_step(self.step)
-        assert state._transport is not None
-        return Key(state.seed, self.step, self.index), f"{self.name} of step {self.step}", state._transport
+        if self.step > state.step:
+            state.begin_step(self.step)
+        return Key(state.seed, self.step, self.index), f"{self.name} of step {self.step}"
 
     def reduce_scatter(self, flat: torch.Tensor, out: torch.Tensor, divisor: float | None = None) -> None:
         """Leave the sum of this rank's row of `flat`, divided by `divisor` (by W if there is none), in `out`."""
         state = self.state
-        key, where, transport = self.begin()
-        with state._failing_together(lambda: where):
-            state._check_arrived()
-            coded, plain = self.shards(transport.world_size, flat.numel())
-            shards = coded if state._codes_now(key.step) else plain
+        key, where = self.begin()
+        with state.failing_together(lambda: where):
+            state.check_arrived()
+            coded, plain = self.shards(state.world_size, flat.numel())
+            shards = coded if state.codes_in(key.step) else plain
             complaint = None
-            if shards.layers.numel and state._looks_at_clipping(key.step):
-                complaint = state._watch_clipping(torch.cat(shards.whole(flat)), shards.layers, key.step)
-            reduce_scatter(
-                flat,
-                shards,
-                state.codec if shards.layers.numel else None,
-                transport,
-                key=key,
-                divisor=transport.world_size if divisor is None else divisor,
-                out=out,
-                clock=state._clock,
-                later=state._later if flat.is_cuda else None,
-            )
-            counts, itemsize = state._counts, flat.element_size()
-            counts["raw_bytes"] += flat.nbytes
-            counts["exact_bytes"] += (transport.world_size - 1) * shards.exact_width * itemsize
-            counts["coded_numel"] += shards.layers.numel
-            counts["exact_numel"] += shards.exact_numel
-            if complaint is not None:
-                advise(complaint, transport)
+            if state.clip_watch.looks(key.step):
+                for group in shards.coded:
+                    whole = torch.cat(group.whole(flat))
+                    found = state.clip_watch.look_at(whole, [(group.codec, group.layers)], key.step)
+                    complaint = complaint or found
+            context = state.context(key, state.transports["all"])
+            over = state.world_size if divisor is None else divisor
+            path = reduce_scatter(flat, shards, context, divisor=over, out=out, later=state.later(flat))
+            blocking(path, state.transports, state.clock, key.bucket)
+            numbers = {"coded_numel": shards.coded_numel, "exact_numel": shards.exact_numel}
+            state.statistics.add(raw_bytes=flat.nbytes, **numbers)
+            state.complain(complaint)
 
     def all_reduce(self, row: torch.Tensor, rank: int, ranks: int) -> None:
         """Leave the mean over ranks of a row, that of shard `rank` of `ranks`, in its place."""
         state = self.state
-        key, where, transport = self.begin()
-        with state._failing_together(lambda: where):
-            state._check_arrived()
+        key, where = self.begin()
+        with state.failing_together(lambda: where):
+            state.check_arrived()
             if row.is_cuda:  # made on FSDP's stream for reduce-scatter, used on that for all-reduce
                 row.record_stream(torch.cuda.current_stream(row.device))
             coded, plain = self.shards(ranks, row.numel() * ranks)
-            shards = coded if state._codes_now(key.step) and transport.world_size > 1 else plain
-            state._run(row, *shards.own(rank), key, transport)
+            shards = coded if state.codes_in(key.step) and state.world_size > 1 else plain
+            state.run(state.dense(row, shards.bucket(rank), key), key.bucket)

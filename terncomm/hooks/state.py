@@ -1,35 +1,35 @@
 """The state of the DDP hook: what averages gradients, and where that runs."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
-from terncomm.codecs import Codec
+from terncomm.codecs import CodecLike
+from terncomm.hooks.agreement import agree_on
 from terncomm.hooks.averaging import Averaging
-from terncomm.hooks.connection import connect
-from terncomm.hooks.runner import OrderedWorker, SideStream
-from terncomm.layers import GROUPS
+from terncomm.hooks.connection import Connection, connect
+from terncomm.hooks.options import Options
+from terncomm.hooks.stream import SideStream
+from terncomm.path.message import Path
+from terncomm.path.pipeline import Pipeline
+from terncomm.torch_internals import default_group
+from terncomm.transports import Metered, Transport
 
 
 class CommState(Averaging):
     """The state that goes with :func:`comm_hook`: which codec, what travels exactly, how far training is.
 
     Args:
-        codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
-        skip: parameters that travel exactly, beside those exempt by rule: names, names of modules, shell patterns.
-        min_numel: parameters with fewer elements, or with one dimension, travel exactly (TernGrad's
-            `size_to_binarize`).
-        warmup_steps: first steps in which everything travels exactly (TernGrad's `floating_grad_epoch`, in steps).
-        exchange: "auto", "gather" or "two_phase"; the result is the same bits.
-        seed: of the rounding noise; equal on all ranks.
-        exempt: groups found by the model's structure that travel exactly, of "embedding" and "head"; `()` codes them
-            too, as published. Without a model (the plain pair of state and hook) there is no structure to look at.
-        named_parameters: of the model, for `skip` and for names in statistics; `register` gives them by itself.
+        codec: a codec, its name, or rules.
+        named_parameters: of the model, for `skip`, rules and names in statistics; `register` gives them by itself.
         process_group: the group that the DDP model was made with, which a bucket does not tell; by default the
             default group. `register` gives it by itself.
+        transport: moves the bytes, in place of a process group of our own; see :func:`terncomm.register`.
+        options: see :class:`terncomm.hooks.options.Options`. Without a model (the plain pair of state and hook) there
+            is no structure, so embeddings and the output head are not found.
 
     Raises:
         ValueError, TypeError: an option that cannot be.
@@ -39,76 +39,88 @@ class CommState(Averaging):
         how DDP cuts its buckets. In a world of one rank nothing is coded: the gradients stay as they are.
     """
 
-    _OWN = (*Averaging._OWN, "_group", "_worker", "_side_stream")
+    OWN = (*Averaging.OWN, "_group", "_given", "_pipeline", "_side_stream")
 
     def __init__(
         self,
-        codec: str | Codec = "terngrad",
+        codec: CodecLike = "terngrad",
         *,
-        skip: Collection[str] = (),
-        min_numel: int = 1024,
-        warmup_steps: int = 0,
-        exchange: str = "auto",
-        seed: int = 0,
-        exempt: Collection[str] = GROUPS,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         process_group: dist.ProcessGroup | None = None,
+        transport: Transport | None = None,
+        **options: Any,
     ) -> None:
-        self._group = process_group
-        super().__init__(
-            codec,
-            skip=skip,
-            min_numel=min_numel,
-            warmup_steps=warmup_steps,
-            exchange=exchange,
-            seed=seed,
-            exempt=exempt,
-            named_parameters=named_parameters or (),
-        )
+        self._group, self._given, self._had_transport = process_group, transport, transport is not None
+        super().__init__(Options(codec=codec, **options), named_parameters or ())
 
     def _detach(self) -> None:
         super()._detach()
-        self._worker = OrderedWorker()
+        self._pipeline = Pipeline()
         self._side_stream = SideStream()
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        self._group = None  # a copy is of the default group
+        self._group, self._given = None, None  # a copy is of the default group
         super().__setstate__(saved)
 
-    def _reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
-        if self._connection is None:
-            if self._in_levels:
-                raise RuntimeError("this CommState was copied, without its intra_group: call terncomm.register anew")
-            group = self._group or dist.distributed_c10d._get_default_group()
-            self._connect(connect(group, buffer.device, self._configuration()))
-        assert self._connection is not None
-        connection = self._connection
-        if bucket.index() == 0:
-            self._begin_step()
-        where = f"bucket {bucket.index()} of step {self._step}"
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Begin to average a bucket of DDP; the future holds its buffer, or raises."""
+        buffer, index = bucket.buffer(), bucket.index()
+        if self.transport is None:
+            self._connect_late(buffer.device)
+        if index == 0:
+            self.begin_step()
+        where = f"bucket {index} of step {self._step}"
         try:
-            work = self._work(buffer, bucket.parameters(), bucket.index(), connection.transport)
+            path = self.path(buffer, bucket.parameters(), index, final=bucket.is_last())
         except Exception as error:
-            work = _raising(error)
-        threads = torch.get_num_threads()
+            path = _raising(error)
 
-        def job() -> torch.Tensor:
-            if torch.get_num_threads() != threads:  # torch keeps the number per thread
-                torch.set_num_threads(threads)
+        def failing(error: Exception, phase: str) -> Exception:
+            return self.fail(error, where, phase)
+
+        def at_once() -> torch.Tensor:
             try:
-                return work()
+                return self.run(path, index)
             except Exception as error:
-                failure = connection.fail(error, f"{where}, {self._clock.phase}")
-                raise failure from (None if failure is error else error)
+                failure = failing(error, self.clock.phase)
+                raise failure from failure.__cause__
 
         if buffer.is_cuda:
-            return self._side_stream.submit(job, buffer.device)
-        return self._worker.submit(job)
+            return self._side_stream.submit(at_once, buffer.device)
+        return self._pipeline.submit(path, self.transports, self.clock, failing)
+
+    def meet(self, device: torch.device, configuration: dict[str, Any]) -> Connection | None:
+        """Meet the other ranks, compare configurations, and use what connects them; None over a given transport.
+
+        Raises:
+            RankFailed, ConfigurationsDiffer: see :func:`terncomm.hooks.connection.connect`.
+            ValueError: the transport is not among the ranks of the process group.
+        """
+        group = self._group or default_group()
+        if self._given is None:
+            connection = connect(group, device, configuration)
+            self.connect(connection.transport, connection)
+            return connection
+        transport = Metered(self._given)
+        here, there = (transport.rank, transport.world_size), (group.rank(), group.size())
+        if here != there:
+            raise ValueError(
+                f"transport: rank {here[0]} of {here[1]}, in the model's process group {there[0]} of {there[1]}"
+            )
+        agree_on(configuration, transport, device=device)
+        self.connect(transport)
+        return None
+
+    def _connect_late(self, device: torch.device) -> None:
+        """Meet the other ranks at the first bucket, where :func:`terncomm.register` has not done so."""
+        if self._had_levels:
+            raise RuntimeError("this CommState was copied, without its intra_group: call terncomm.register anew")
+        if self._had_transport and self._given is None:
+            raise RuntimeError("this CommState was copied, without its transport: make a new one with transport=")
+        self.meet(device, self.configuration())
 
 
-def _raising(error: Exception) -> Callable[[], torch.Tensor]:
-    def work() -> torch.Tensor:
-        raise error
-
-    return work
+def _raising(error: Exception) -> Path[torch.Tensor]:
+    """A path that raises when its turn comes."""
+    yield from ()
+    raise error

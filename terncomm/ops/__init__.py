@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from terncomm.ops import reference, shapes
-from terncomm.ops.reference import clip_limit, rounding, split_unit
+from terncomm.ops.reference import rounding, split_unit
 from terncomm.ops.types import Packing, Rounding
 from terncomm.segments import Segments
 
@@ -207,6 +207,15 @@ def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
 def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`terncomm.ops.reference.moments`."""
     return _function("moments", flat)(flat, segments)  # type: ignore[no-any-return]
+
+
+def clip_limit(
+    peak: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, lengths: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """See :func:`terncomm.ops.reference.clip_limit`."""
+    if peak.is_meta:
+        return shapes.clip_limit(peak)
+    return reference.clip_limit(peak, total, squares, lengths, clip)
 
 
 def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:

@@ -20,17 +20,6 @@ _FRACTION = 24  # random bits, and fractional bits of the fixed-point magnitude
 _TINY = 2.0**-96  # levels * 2^24 divided by less would overflow float32
 
 
-def _index(
-    segments: Segments, device: torch.device, begin: int, end: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of dense elements [begin, end): segment, place in the flat buffer, index inside the layer. All int64."""
-    table = segments.on(device)
-    dense = torch.arange(begin, end, device=device)
-    segment = torch.searchsorted(table.starts, dense, right=True) - 1
-    inside = dense - table.starts[segment]
-    return segment, table.offsets[segment] + inside, table.bases[segment] + inside
-
-
 def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
     """(L,) float32: the largest magnitude of each segment; +inf where an element is not finite; 0 where empty."""
     magnitude = segments.take(flat).to(torch.float32).abs()
@@ -135,7 +124,7 @@ def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tenso
 
 def _codes(flat: torch.Tensor, segments: Segments, how: Rounding, begin: int, end: int) -> torch.Tensor:
     """The codes of dense elements [begin, end)."""
-    segment, place, counter = _index(segments, flat.device, begin, end)
+    segment, place, counter = segments.elements(begin, end, flat.device)
     x = flat[place].to(torch.float32)
     limit = how.limit[segment]
     magnitude = x.abs()
@@ -166,7 +155,7 @@ def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: 
 
     unit: (3, L) float32, from `split_unit`.
     """
-    segment, place, _ = _index(segments, out.device, begin, begin + len(totals))
+    segment, place, _ = segments.elements(begin, begin + len(totals), out.device)
     high, low, drop = unit[:, segment]
     total = totals.to(torch.float32)
     out[place] = ((total * high + total * low) * drop).to(out.dtype)
@@ -222,7 +211,7 @@ def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int)
     A code is sum / divisor after unbiased rounding. Returns (m,) uint8 of code + top, and (L,) int32 divisors, at
     least 1. `top` is at most 127.
     """
-    segment, _, counter = _index(window, totals.device, 0, window.numel)
+    segment, _, counter = window.elements(0, window.numel, totals.device)
     peak = torch.zeros(len(window), dtype=torch.int32, device=totals.device)
     peak = peak.scatter_reduce(0, segment, totals.abs(), "amax")
     divisor = ((peak + (top - 1)) // top).clamp(min=1)
@@ -235,7 +224,7 @@ def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int)
 
 def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor, top: int) -> torch.Tensor:
     """`narrow` undone up to its rounding: (m,) uint8 and (L,) divisors -> (m,) int32."""
-    segment, _, _ = _index(window, codes.device, 0, window.numel)
+    segment, _, _ = window.elements(0, window.numel, codes.device)
     return (codes.to(torch.int32) - top) * divisor.to(torch.int32)[segment]
 
 

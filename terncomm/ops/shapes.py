@@ -27,6 +27,11 @@ def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch
     return _empty(count, torch.float32), _empty(count, torch.float64), _empty(count, torch.float64)
 
 
+def clip_limit(peak: torch.Tensor) -> torch.Tensor:
+    """(L,) float32."""
+    return torch.empty_like(peak)
+
+
 def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:
     """(n,) int8."""
     return _empty(segments.numel, torch.int8)

@@ -13,6 +13,7 @@ from terncomm.report.training import Panel, codec_order
 CODEC_STYLES = {
     "none": ("black", "o"),
     "fp16": ("#E69F00", "s"),
+    "bf16": ("#F0E442", "p"),
     "int8": ("#0072B2", "^"),
     "terngrad": ("#D55E00", "D"),
     "terngrad-noclip": ("#CC79A7", "v"),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from terncomm.simulator.records import Record, label_of
 
-KNOWN_CODECS = ("none", "fp16", "int8", "terngrad", "terngrad-noclip")
+KNOWN_CODECS = ("none", "fp16", "bf16", "int8", "terngrad", "terngrad-noclip")
 Field = Literal["test_accuracy", "test_loss"]
 
 

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
+
+from terncomm.torch_internals import bucket_assignment, first_bucket_bytes
 
 _MB = 2**20
 DEFAULT_CAP_MB = 25.0
@@ -23,12 +24,9 @@ def rebuilt_buckets(ready: Sequence[torch.Tensor], cap_mb: float | None = None) 
     """
     limits = [int((DEFAULT_CAP_MB if cap_mb is None else cap_mb) * _MB)]
     if cap_mb is None:
-        limits.insert(0, dist._DEFAULT_FIRST_BUCKET_BYTES)  # type: ignore[attr-defined]
+        limits.insert(0, first_bucket_bytes())
     return _cut(ready, limits)
 
 
 def _cut(parameters: Sequence[torch.Tensor], limits: list[int]) -> list[list[torch.Tensor]]:
-    indices, _ = dist._compute_bucket_assignment_by_size(  # type: ignore[attr-defined]
-        list(parameters), limits, [False] * len(parameters)
-    )
-    return [[parameters[index] for index in bucket] for bucket in indices]
+    return [[parameters[place] for place in bucket] for bucket in bucket_assignment(parameters, limits)]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from terncomm.exchange import ALL_REDUCE, ALL_REDUCE_HALF
-from terncomm.simulator.fabric import KINDS, Measured
+from terncomm.simulator.fabric import ALL_REDUCE, ALL_REDUCE_HALF, KINDS, Measured
 from terncomm.transports import ProcessGroupTransport
 
 SIZES = (1 << 10, 24 << 10, 120 << 10, 600 << 10, 2400 << 10, 7 << 20)  # bytes that a rank sends in a call

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from terncomm.codecs import Codec, codec_for
 from terncomm.keys import Key
-from terncomm.reduce import Clock, all_reduce_mean
+from terncomm.path.account import Clock
+from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.simulator.fabric import Fabric
 from terncomm.simulator.reductions import Coded, Exact
@@ -152,7 +153,7 @@ def with_waiting(
     for numel in sizes:
         layers = Segments([numel])
         reduction = Exact(torch.float16) if codec is None else Coded(codec)
-        calls = reduction.messages(layers, Segments(()), transport.world_size)
+        calls = reduction.calls(layers, Segments(()), transport.world_size)
         parts_s = sum(cost.seconds(numel)) + sum(fabric.seconds(call, transport.world_size) for call in calls)
         gradient = torch.randn(numel, generator=torch.Generator().manual_seed(0))
 

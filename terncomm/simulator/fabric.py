@@ -11,21 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from terncomm.exchange import ALL_REDUCE, ALL_REDUCE_HALF, Message
+from terncomm.path.drivers import Call
 from terncomm.simulator.links import Link
 from terncomm.transports.process_group import AT_ONCE, at_once_for, goes_in_steps
+
+ALL_REDUCE = "all_reduce"  # of floats, as DDP has it without a hook
+ALL_REDUCE_HALF = "all_reduce_half"  # of float16: a processor takes longer to add these
 
 
 class Fabric(Protocol):
     """What joins the workers."""
 
-    def seconds(self, message: Message, world_size: int) -> float:
+    def seconds(self, message: Call, world_size: int) -> float:
         """From the call of the last worker until all have what they wait for."""
 
-    def busy(self, message: Message) -> float:
+    def busy(self, message: Call) -> float:
         """Share of a core that sending and receiving takes meanwhile."""
 
-    def late(self, message: Message) -> float:
+    def late(self, message: Call) -> float:
         """Seconds that it takes longer where the processor computes meanwhile, and threads must wait for a core."""
 
 
@@ -76,7 +79,7 @@ class Switched:
         if self.per_node < 1:
             raise ValueError(f"per_node must be at least 1, got {self.per_node}")
 
-    def seconds(self, message: Message, world_size: int) -> float:
+    def seconds(self, message: Call, world_size: int) -> float:
         """See :class:`Fabric`."""
         if world_size == 1 or message.nbytes == 0:
             return 0.0
@@ -106,11 +109,11 @@ class Switched:
         tree_s = 2 * math.ceil(math.log2(world_size)) * (hop_s + software.message_s) + whole / rate
         return min(ring_s, tree_s)
 
-    def busy(self, message: Message) -> float:
+    def busy(self, message: Call) -> float:
         """See :class:`Fabric`. None: what moves the bytes is not described."""
         return 0.0
 
-    def late(self, message: Message) -> float:
+    def late(self, message: Call) -> float:
         """See :class:`Fabric`. None: each worker has cores enough."""
         return 0.0
 
@@ -132,7 +135,7 @@ class Measured:
     late_by_kind: Mapping[str, float]
     at_once: int = AT_ONCE
 
-    def seconds(self, message: Message, world_size: int) -> float:
+    def seconds(self, message: Call, world_size: int) -> float:
         """See :class:`Fabric`. Raises ValueError for another world size than was measured."""
         if world_size != self.world_size:
             raise ValueError(f"measured were {self.world_size} ranks, not {world_size}")
@@ -146,11 +149,11 @@ class Measured:
             return t1 + max(slope, 0.0) * (message.nbytes - n1)
         return max(t0 + slope * (message.nbytes - n0), 0.5 * points[0][1])
 
-    def busy(self, message: Message) -> float:
+    def busy(self, message: Call) -> float:
         """See :class:`Fabric`."""
         return self.busy_by_kind[kind_of(message, self.at_once)]
 
-    def late(self, message: Message) -> float:
+    def late(self, message: Call) -> float:
         """See :class:`Fabric`."""
         return self.late_by_kind[kind_of(message, self.at_once)]
 
@@ -158,6 +161,6 @@ class Measured:
 KINDS = (ALL_REDUCE, ALL_REDUCE_HALF, "all_to_all", "all_gather")  # the last: round a ring
 
 
-def kind_of(message: Message, at_once: int = AT_ONCE) -> str:
+def kind_of(message: Call, at_once: int = AT_ONCE) -> str:
     """Of KINDS: a small all-gather is sent as an all-to-all."""
     return "all_to_all" if message.kind == "all_gather" and message.nbytes <= at_once else message.kind

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from terncomm.exchange import Message, sent
+from terncomm.path.drivers import Call, sent
 from terncomm.segments import Segments
 from terncomm.simulator.codec_costs import Cost
 from terncomm.simulator.fabric import Fabric
@@ -17,7 +17,7 @@ class Load(NamedTuple):
     cost_s: seconds to encode, to add up, to decode, where they were measured on this bucket.
     """
 
-    calls: tuple[Message, ...]
+    calls: tuple[Call, ...]
     elements: int
     cost_s: tuple[float, float, float] | None = None
 
@@ -25,7 +25,7 @@ class Load(NamedTuple):
 def load_of(coded: Segments, exact: Segments, reduction: Reduction, world_size: int, itemsize: int = 4) -> Load:
     """The load of a bucket with these layers, of `itemsize` bytes an element."""
     elements = coded.numel + (exact.numel if reduction.whole else 0)
-    return Load(tuple(reduction.messages(coded, exact, world_size, itemsize)), elements)
+    return Load(tuple(reduction.calls(coded, exact, world_size, itemsize)), elements)
 
 
 def predict(

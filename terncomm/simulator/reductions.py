@@ -1,29 +1,37 @@
 """How the gradients of a bucket are averaged: plainly, as float16, or through a codec, by what the hook runs."""
 
 import ast
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from terncomm import exchange as exchanges
-from terncomm.codecs import Codec, Int8, Ternary, codec_for
-from terncomm.exchange import ALL_REDUCE, ALL_REDUCE_HALF, Message
-from terncomm.keys import Key
-from terncomm.reduce import all_reduce_mean, messages
+from terncomm.codecs import Codec, Half, Int8, Ternary, codec_for
+from terncomm.path import exchanges
+from terncomm.path.account import Context
+from terncomm.path.bucket import Bucket
+from terncomm.path.drivers import Call
+from terncomm.path.exchanges import Piece
+from terncomm.path.message import Path
+from terncomm.path.parts import Floats
+from terncomm.path.reduce import all_reduce_mean
+from terncomm.path.sums import row_edges
+from terncomm.reduce import bucket_of, messages_of
 from terncomm.segments import Segments
-from terncomm.transports.base import Transport
+from terncomm.simulator.fabric import ALL_REDUCE, ALL_REDUCE_HALF
 
-CODECS = ("none", "fp16", "int8", "terngrad", "terngrad-noclip")
+CODECS = ("none", "fp16", "bf16", "int8", "terngrad", "terngrad-noclip")
 
 
 class Reduction(Protocol):
-    """Replaces a bucket by its mean over workers. Give :func:`simulate` one of your own to try another way."""
+    """The path of a bucket to its mean over workers. Give :func:`simulate` one of your own to try another way."""
 
-    def reduce(self, flat: torch.Tensor, coded: Segments, exact: Segments, transport: Transport, key: Key) -> None:
+    def path(self, flat: torch.Tensor, coded: Segments, exact: Segments, ctx: Context) -> Path[None]:
         """Replace `flat` (n,) by its mean, the same on every worker; `coded` and `exact` are the layers in it."""
 
-    def messages(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Message]:
+    def calls(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Call]:
         """The collective calls of a bucket with these layers, of `itemsize` bytes an element: to predict time."""
 
     @property
@@ -40,19 +48,18 @@ class Exact:
 
     dtype: torch.dtype = torch.float32
 
-    def reduce(self, flat: torch.Tensor, coded: Segments, exact: Segments, transport: Transport, key: Key) -> None:
+    def path(self, flat: torch.Tensor, coded: Segments, exact: Segments, ctx: Context) -> Path[None]:
         """See :class:`Reduction`."""
-        sent = flat.to(self.dtype)
-        exchanges.all_reduce_float_mean(sent, transport)
-        if sent is not flat:
-            flat.copy_(sent)
+        edges = row_edges(flat.numel(), ctx.world_size)
+        floats = Floats(flat, Segments([flat.numel()]), edges, divisor=ctx.world_size, dtype=self.dtype)
+        yield from exchanges.all_reduce([Piece([], [floats])], ctx, flat.device)
 
-    def messages(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Message]:
+    def calls(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Call]:
         """A ring all-reduce, as the back ends have it."""
         each = itemsize if self.dtype == torch.float32 else min(self.dtype.itemsize, itemsize)
         nbytes = (coded.numel + exact.numel) * each
         kind = ALL_REDUCE_HALF if each < 4 else ALL_REDUCE
-        return [Message(kind, -(-2 * nbytes // world_size))]
+        return [Call(kind, -(-2 * nbytes // world_size))]
 
     @property
     def whole(self) -> bool:
@@ -62,33 +69,50 @@ class Exact:
 
 @dataclass(frozen=True)
 class Coded:
-    """The mean through a codec: :func:`terncomm.reduce.all_reduce_mean`."""
+    """The mean through a codec: :func:`terncomm.path.reduce.all_reduce_mean`."""
 
     codec: Codec
 
-    def reduce(self, flat: torch.Tensor, coded: Segments, exact: Segments, transport: Transport, key: Key) -> None:
+    def path(self, flat: torch.Tensor, coded: Segments, exact: Segments, ctx: Context) -> Path[None]:
         """See :class:`Reduction`."""
-        codec = self.codec if len(coded) else None
-        all_reduce_mean(flat, coded, codec, transport, key=key, exact=exact)
+        yield from all_reduce_mean(flat, self._bucket(coded, exact), ctx)
 
-    def messages(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Message]:
-        """See :class:`Reduction`."""
-        return messages(coded, self.codec if len(coded) else None, world_size, exact=exact, itemsize=itemsize)
+    def calls(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Call]:
+        """See :class:`Reduction`. Those of a bucket's pieces, which overlap, are one of each kind."""
+        return _whole(messages_of(self._bucket(coded, exact), world_size, itemsize=itemsize))
+
+    def _bucket(self, coded: Segments, exact: Segments) -> Bucket:
+        if self.whole:
+            return bucket_of(Segments([coded.numel + exact.numel]), self.codec)
+        return bucket_of(coded, self.codec if len(coded) else None, exact)
 
     @property
     def whole(self) -> bool:
-        """False: exact layers need no arithmetic."""
-        return False
+        """Whether the codec takes small tensors, embeddings and heads too."""
+        return isinstance(self.codec, Half)
+
+
+def _whole(calls: Sequence[Call]) -> list[Call]:
+    """Where a bucket travels in pieces, one call of each kind in place of many."""
+    if len(calls) <= 5:  # header, statistics in two, rows, totals
+        return list(calls)
+    small, large = [each for each in calls if each.nbytes < 2**14], [each for each in calls if each.nbytes >= 2**14]
+    total = Counter[str]()
+    for each in large:
+        total[each.kind] += each.nbytes
+    return small + [Call(kind, nbytes) for kind, nbytes in sorted(total.items(), reverse=True)]
 
 
 def family(name: str) -> str:
     """Of the codecs that are known by name, the one that this is a kind of: for costs, and for what is gentler.
 
-    >>> family("Int8(block=512)"), family("terngrad-noclip")
-    ('int8', 'terngrad')
+    >>> family("Int8(block=512)"), family("terngrad-noclip"), family("bf16")
+    ('int8', 'terngrad', 'fp16')
     """
     reduction = reduction_for(name)
     if isinstance(reduction, Coded):
+        if isinstance(reduction.codec, Half):
+            return "fp16"
         return "int8" if isinstance(reduction.codec, Int8) else "terngrad"
     return name
 
@@ -114,7 +138,8 @@ def reduction_for(name: str) -> Reduction:
         call = ast.parse(name, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError(name)
-        kind = {"Ternary": Ternary, "Int8": Int8}[call.func.id]
+        kinds: dict[str, type[Codec]] = {"Ternary": Ternary, "Int8": Int8}
+        kind = kinds[call.func.id]
         options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, KeyError, ValueError):
         known = ", ".join(CODECS)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from terncomm.keys import Key
 from terncomm.layers import Layers, in_memory_order
+from terncomm.path.account import Context
+from terncomm.path.drivers import Call, lockstep, sent
 from terncomm.segments import Segments
 from terncomm.simulator.buckets import first_buckets, rebuilt_buckets
 from terncomm.simulator.reductions import Reduction
-from terncomm.transports import LocalTransport, Metered
 
 _SAMPLED = 10
 
@@ -159,20 +160,10 @@ class VirtualWorkers:
                 place += parameter.numel()
 
     def _exchange(self) -> None:
-        def work(transport: LocalTransport) -> int:
-            if torch.get_num_threads() != 1:  # W threads share the cores already
-                torch.set_num_threads(1)
-            metered = Metered(transport)
-            for index, bucket in enumerate(self.buckets):
-                flat = self._gradients[transport.rank, bucket.begin : bucket.end]
-                key = Key(self._seed, self.exchanges, index)
-                if self.workers > 1:
-                    coded, exact = bucket.layers(self.exchanges < self._warmup_steps)
-                    self.reduction.reduce(flat, coded, exact, metered, key)
-            return metered.sent_bytes
-
         wanted = self._gradients.mean(dim=0) if self.exchanges % _SAMPLED == 0 or not self.errors else None
-        self.sent_bytes += max(LocalTransport.run(self.workers, work, timeout_s=None, in_turn=True))
+        if self.workers > 1:
+            for index, bucket in enumerate(self.buckets):
+                self._reduce(bucket, Key(self._seed, self.exchanges, index))
         if wanted is not None:
             self.errors.append(self._error(wanted))
         self.exchanges += 1
@@ -188,6 +179,17 @@ class VirtualWorkers:
             if silent:
                 raise ValueError(f"DDP takes no parameters without gradients; got none for {', '.join(silent[:5])}")
             self.buckets = self._lay_out(rebuilt_buckets(self._ready, self._cap_mb))
+
+    def _reduce(self, bucket: Bucket, key: Key) -> None:
+        """Average a bucket over the workers, and count what each sends."""
+        calls: list[Call] = []
+        paths = []
+        for rank, gradient in enumerate(self._gradients):
+            ctx = Context(key, rank, self.workers)
+            layers = bucket.layers(self.exchanges < self._warmup_steps)
+            paths.append(self.reduction.path(gradient[bucket.begin : bucket.end], *layers, ctx))
+        lockstep(paths, calls=calls)
+        self.sent_bytes += sent(calls, self.workers)
 
     def _error(self, wanted: Tensor) -> float:
         """|error|^2 / |exact mean|^2, the mean over the layers that may be coded."""

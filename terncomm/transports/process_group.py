@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from terncomm.torch_internals import all_gather_flat, backend_of, gloo_device_count
 from terncomm.transports.base import Kind, RankFailed, Wait, alone, delivered, perform
 from terncomm.transports.calls import Calls
 
@@ -101,7 +102,7 @@ class ProcessGroupTransport:
     def _collective(self, kind: Kind, mine: torch.Tensor, received: torch.Tensor, backend: Any) -> Iterator[Wait]:
         with self._calls.guarded():
             if kind == "all_gather" and backend.name() != "gloo":
-                work = backend._allgather_base(received.view(-1), mine)
+                work = all_gather_flat(backend, received.view(-1), mine)
             else:  # gloo's own all-gather is a ring of W - 1 steps
                 rows = mine.repeat(self.world_size) if kind == "all_gather" else mine.view(-1)
                 work = backend.alltoall_base(received.view(-1), rows, [], [])
@@ -144,7 +145,7 @@ def _cut(backend: Any) -> None:
     closes the connections to all ranks, for it cannot take one message back.
     """
     nothing = torch.empty(1, dtype=torch.uint8)
-    for tag in range(_CANCEL_TAG, _CANCEL_TAG + len(backend.options._devices)):  # each device has its connections
+    for tag in range(_CANCEL_TAG, _CANCEL_TAG + gloo_device_count(backend)):  # each device has its connections
         for other in range(backend.size()):
             if other != backend.rank():
                 with suppress(RuntimeError):  # always; but at once, and without effect, if `other` has gone before
@@ -180,4 +181,4 @@ def goes_in_steps(world_size: int, nbytes: int, at_once: int = AT_ONCE) -> bool:
 
 def backend_for(group: Any, device: torch.device) -> Any:
     """The backend of a process group that serves tensors of `device`; a backend is its own."""
-    return group._get_backend(device) if isinstance(group, dist.ProcessGroup) else group
+    return backend_of(group, device) if isinstance(group, dist.ProcessGroup) else group

@@ -1,0 +1,43 @@
+"""Codecs by their names."""
+
+import difflib
+
+from terncomm.codecs.base import Codec, Half
+from terncomm.codecs.int8 import Int8
+from terncomm.codecs.ternary import Ternary
+
+_ELSEWHERE = {"none": " (for none, register no hook)"}
+_NAMED: dict[str, Codec] = {
+    "bf16": Half("bf16"),
+    "fp16": Half("fp16"),
+    "int8": Int8(block=2048),
+    "terngrad": Ternary(clip=2.5),
+}
+
+
+def codec_for(codec: "str | Codec") -> Codec:
+    """A codec from its name: "terngrad" is `Ternary(clip=2.5)` as published, "int8" is `Int8(block=2048)`.
+
+    "bf16" and "fp16" are :class:`Half`: floats of 16 bits.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a codec.
+
+    >>> codec_for("int8")
+    Int8(block=2048, returned='int8')
+    """
+    if isinstance(codec, Codec):
+        return codec
+    if not isinstance(codec, str):
+        raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}{_hint(codec)}")
+    if codec not in _NAMED:
+        meant = difflib.get_close_matches(codec.lower(), _NAMED, n=1, cutoff=0.8)
+        advice = f" (did you mean {meant[0]!r}?)" if meant else _ELSEWHERE.get(codec, "")
+        known = ", ".join(sorted(_NAMED))
+        raise ValueError(f"unknown codec {codec!r}{advice}; known: {known}, or a codec such as Ternary()")
+    return _NAMED[codec]
+
+
+def _hint(codec: object) -> str:
+    return f": it is to be called, {codec.__name__}()" if isinstance(codec, type) and issubclass(codec, Codec) else ""

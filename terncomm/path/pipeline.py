@@ -1,0 +1,334 @@
+"""The pipelined driver: many paths side by side, and one order on the wire.
+
+Two threads. One computes: whichever path has what it waits for goes on. The other owns the wire: it begins messages,
+keeps several transfers under way across the borders of messages, and waits for what comes.
+
+The order on the wire is a function of the paths alone: all messages of a path, in the order in which it asks for them,
+then those of the path that was submitted next. So it is the same on every rank whatever gets ready when; no two ranks
+can wait for each other, and nothing is paired wrongly. Only computing runs ahead: a path whose turn has not come is
+run up to the first answer that it needs, and a path's last message lets the next path send before it is answered.
+
+No collective is ever issued from a `.then` callback. Callbacks run in completion order, which differs from rank to
+rank; collectives issued from them pair up wrongly, on gloo without any error.
+"""
+
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from terncomm.path.account import Clock
+from terncomm.path.drivers import Transports, call
+from terncomm.path.message import Message, Path, Start, Turn
+from terncomm.transports.base import Wait, overlaps
+
+_JOIN_S = 0.5  # for an idle thread to end; one that is stuck in a call is left alone
+
+Failing = Callable[[Exception, str], Exception]
+
+
+class PipelineFailed(RuntimeError):
+    """An earlier reduction failed, so this one cannot run; the first error is the cause."""
+
+
+class _Job:
+    """A path under way."""
+
+    def __init__(self, path: Path[torch.Tensor], transports: Transports, clock: Clock, failing: Failing) -> None:
+        self.path, self.transports, self.clock, self.failing = path, transports, clock, failing
+        self.threads = torch.get_num_threads()  # torch keeps the number per thread
+        self.outcome: torch.futures.Future[Any] = torch.futures.Future()
+        self.held: deque[_Ticket] = deque()  # messages until its turn comes
+        self.wanted: _Ticket | None = None
+        self.sends = True  # more messages may follow
+        self.waits_for_turn = False
+        self.ended = False
+        self.error: Exception | None = None
+        self.phase = ""  # in which the error came
+        self.result: Any = None
+
+    def advance(self, answer: Any) -> None:
+        """Run the path up to the next answer that has not come."""
+        if self.threads != torch.get_num_threads():
+            torch.set_num_threads(self.threads)
+        self.wanted = None
+        try:
+            while True:
+                request = self.path.send(answer)
+                if isinstance(request, Turn):
+                    self.waits_for_turn = True
+                    return
+                if isinstance(request, (Message, Start)):
+                    ticket = _Ticket(self, request.message if isinstance(request, Start) else request)
+                    self.held.append(ticket)
+                    if isinstance(request, Start):
+                        answer = ticket
+                        continue
+                    request = ticket
+                if request.rows is None:
+                    self.wanted = request
+                    return
+                answer, request.rows = request.rows, None
+        except StopIteration as end:
+            self.result = end.value
+        except BaseException as error:  # SystemExit, too: nobody else waits for this thread, and the futures would hang
+            self.fail(_ordinary(error), self.clock.phase)
+            self.clock.phase = ""
+        self.ended = True
+
+    def fail(self, error: Exception, phase: str) -> None:
+        """Note an error; it is raised when all jobs before this one have ended."""
+        self.error, self.phase, self.ended = error, phase, True
+        self.path.close()
+
+
+class _Ticket:
+    """A message of a job, and what came."""
+
+    def __init__(self, job: _Job, message: Message) -> None:
+        self.job, self.message = job, message
+        self.rows: torch.Tensor | None = None
+
+
+class Pipeline:
+    """Runs paths side by side; submit them in the same order on every rank.
+
+    After a path has failed, those before it still end, and those after it fail too, with the first error as their
+    cause: ranks may have parted ways.
+    """
+
+    def __init__(self) -> None:
+        self._inbox: _Inbox | None = None
+
+    def submit(
+        self, path: Path[torch.Tensor], transports: Transports, clock: Clock, failing: Failing
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Queue a path.
+
+        Args:
+            path: to be run.
+            transports: of this rank, by the group of a message; nobody else uses them meanwhile.
+            clock: where the time of the wire goes.
+            failing: called once, when all paths before have ended, with the error of a path or a transport and the
+                phase in which it came; returns the error that the future raises.
+
+        Returns:
+            A future that holds what the path returns, or raises its error in its own words.
+        """
+        if self._inbox is None:
+            self._inbox = _Inbox()
+            computing = threading.Thread(target=_compute, args=(self._inbox,), name="terncomm", daemon=True)
+            computing.start()
+            weakref.finalize(self, _close, self._inbox, computing)  # runs at interpreter exit too
+        job = _Job(path, transports, clock, failing)
+        self._inbox.put_job(job)
+        # An exception set on a future that DDP holds surfaces as a cast error; one raised in `then` keeps its words.
+        return job.outcome.then(_unwrap)
+
+
+def _unwrap(outcome: torch.futures.Future[Any]) -> torch.Tensor:
+    value = outcome.value()
+    if isinstance(value, BaseException):
+        raise value
+    return value  # type: ignore[no-any-return]
+
+
+def _close(inbox: "_Inbox", computing: threading.Thread) -> None:
+    inbox.close()
+    if computing is not threading.current_thread():
+        computing.join(timeout=_JOIN_S)
+
+
+class _Inbox:
+    """What the computing thread waits for: answers first, then new jobs."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._answers: deque[_Ticket | Exception] = deque()
+        self._jobs: deque[_Job] = deque()
+        self._closed = False
+
+    def put_job(self, job: _Job) -> None:
+        """Add a job."""
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def put_answer(self, answer: _Ticket | Exception) -> None:
+        """Add a message that has come, or the error that ended the wire."""
+        with self._changed:
+            self._answers.append(answer)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Let whoever waits go once nothing is left."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def get(self) -> _Ticket | Exception | _Job | None:
+        """The next; None once it is closed and empty."""
+        with self._changed:
+            while not (self._answers or self._jobs or self._closed):
+                self._changed.wait()
+            if self._answers:
+                return self._answers.popleft()
+            return self._jobs.popleft() if self._jobs else None
+
+
+def _compute(inbox: _Inbox) -> None:
+    """The computing thread."""
+    wire = _Wire(inbox)
+    jobs: deque[_Job] = deque()  # that have not ended, in order
+    failed: BaseException | None = None
+    while (item := inbox.get()) is not None:
+        if failed is not None:
+            if isinstance(item, _Job):
+                item.path.close()
+                item.outcome.set_result(_follow_up(failed))
+        else:
+            if isinstance(item, Exception):
+                jobs[0].fail(item, "exchange")
+            elif isinstance(item, _Job):
+                jobs.append(item)
+                item.advance(None)
+            elif item.job.wanted is item:
+                rows, item.rows = item.rows, None
+                item.job.advance(rows)
+                del rows
+            failed = _settle(jobs, wire)
+        del item  # what it holds must not live until the next one comes
+    wire.close()
+
+
+def _settle(jobs: deque[_Job], wire: "_Wire") -> BaseException | None:
+    """Send what is due, and end the jobs that are done, in order. Returns the error that ends the pipeline."""
+    sending = 0  # jobs so far that may send more
+    for job in jobs:
+        if job.waits_for_turn:
+            job.waits_for_turn = False
+            job.advance(None)
+        while job.held and not sending:
+            ticket = job.held.popleft()
+            job.sends = not ticket.message.last
+            wire.send(ticket)
+        sending += job.sends and not job.ended
+        if job.error is not None or sending > 1:
+            break
+    while jobs and jobs[0].ended:
+        job = jobs.popleft()
+        if job.error is None:
+            job.outcome.set_result(job.result)
+            continue
+        wire.close()
+        error, job.error = job.error, None
+        failure = _told(job, error)
+        for other in jobs:
+            other.path.close()
+        job.outcome.set_result(failure)
+        for other in jobs:
+            other.outcome.set_result(_follow_up(failure))
+        return failure
+    return None
+
+
+def _told(job: _Job, error: Exception) -> Exception:
+    """What the job's future raises for an error, even if telling the other ranks fails."""
+    try:
+        return job.failing(error, job.phase)
+    except BaseException as second:
+        second.__cause__ = error
+        return _ordinary(second)
+
+
+def _ordinary(error: BaseException) -> Exception:
+    """An error that `except Exception` catches."""
+    if isinstance(error, Exception):
+        return error
+    found = RuntimeError(f"{type(error).__name__}: {error}")
+    found.__cause__ = error
+    return found
+
+
+def _follow_up(failed: BaseException) -> PipelineFailed:
+    error = PipelineFailed(f"an earlier gradient reduction failed: {failed}")
+    error.__cause__ = failed
+    return error
+
+
+class _Wire:
+    """The thread that owns the wire."""
+
+    def __init__(self, inbox: _Inbox) -> None:
+        self._due: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
+        threading.Thread(target=_transmit, args=(self._due, inbox), name="terncomm-wire", daemon=True).start()
+
+    def send(self, ticket: _Ticket) -> None:
+        """Begin this message after those before."""
+        self._due.put(ticket)
+
+    def close(self) -> None:
+        """Let the thread end when it has begun what is due."""
+        self._due.put(None)
+
+
+class _Transfer:
+    """A part of a message under way, or at last, without a wait, the message as it came."""
+
+    def __init__(self, wait: Wait | None, ticket: _Ticket, rows: torch.Tensor | None = None) -> None:
+        self._wait, self._ticket, self._rows = wait, ticket, rows
+
+    def finish(self, inbox: _Inbox) -> None:
+        """Wait for it; at last, answer."""
+        began = time.perf_counter()
+        if self._wait is not None:
+            self._wait()
+        self._ticket.job.clock.wire_s += time.perf_counter() - began
+        if self._rows is not None:
+            self._ticket.rows = self._rows
+            inbox.put_answer(self._ticket)
+
+
+def _transmit(due: "queue.SimpleQueue[_Ticket | None]", inbox: _Inbox) -> None:
+    """The wire's thread: begin messages in their order, and wait for their transfers in the same."""
+    flight: deque[_Transfer] = deque()
+    try:
+        while (ticket := _next(due, flight, inbox)) is not None:
+            _begin(ticket, flight, inbox)
+            del ticket
+    except BaseException as error:
+        flight.clear()
+        inbox.put_answer(_ordinary(error))
+
+
+def _begin(ticket: _Ticket, flight: deque[_Transfer], inbox: _Inbox) -> None:
+    """Start the transfers of a message, as many at a time as the transport wants under way."""
+    message, transport = ticket.message, ticket.job.transports[ticket.message.group]
+    if not overlaps(transport):
+        while flight:
+            flight.popleft().finish(inbox)
+        began = time.perf_counter()
+        rows = call(transport, message)
+        ticket.job.clock.wire_s += time.perf_counter() - began
+    else:
+        rows, transfers = transport.begin(message.kind, message.payload)
+        for wait in transfers:
+            flight.append(_Transfer(wait, ticket))
+            while len(flight) >= transport.in_flight:
+                flight.popleft().finish(inbox)
+    flight.append(_Transfer(None, ticket, rows))
+
+
+def _next(due: "queue.SimpleQueue[_Ticket | None]", flight: deque[_Transfer], inbox: _Inbox) -> _Ticket | None:
+    """The next message to begin; while there is none, transfers are waited for. None: the wire is closed."""
+    while flight:
+        try:
+            return due.get_nowait()
+        except queue.Empty:
+            flight.popleft().finish(inbox)
+    return due.get()

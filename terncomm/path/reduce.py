@@ -1,0 +1,342 @@
+"""The path of one bucket, and the page to read first.
+
+1. `codec.measure`: this rank's statistics of each layer: its clip limit, which is also its scale.
+2. :func:`agree`: a header that proves that all ranks are at the same place, and the statistics that all ranks share.
+3. encode and pack: small integers, row by row.
+4. an exchange: the exact sum of the integers over ranks.
+5. unpack and decode: one multiplication, back into the buffer.
+
+What travels exactly is averaged in the same messages, in rank order. Each function here is a generator of messages;
+:mod:`terncomm.path.drivers` says who moves them.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from terncomm.codecs.base import Agreed, Local
+from terncomm.path import exchanges
+from terncomm.path.account import Context
+from terncomm.path.bucket import SMALL, Bucket, Cut
+from terncomm.path.compressed import codes_of
+from terncomm.path.exchanges import Piece
+from terncomm.path.header import INLINE_NBYTES, PROLOGUE_NBYTES, Header, Unchecked, check, numbers_of_joining
+from terncomm.path.message import Message, Path, within
+from terncomm.path.parts import Coding, Floats, Part, Statistics, Target
+from terncomm.path.shards import CodedShards, Shards
+from terncomm.path.stages import Staging
+from terncomm.path.sums import row_edges
+from terncomm.segments import Segments
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def all_reduce_mean(
+    flat: torch.Tensor,
+    bucket: Bucket,
+    ctx: Context,
+    *,
+    exchange: str = "auto",
+    later: list[Unchecked] | None = None,
+    last: bool = True,
+    staging: Staging | None = None,
+) -> Path[None]:
+    """Replace the elements of `flat` that `bucket` describes by an estimate of their mean over ranks.
+
+    The same bits on every rank, whatever the exchange and the pieces are.
+
+    Args:
+        flat: (n,) contiguous floats of any type, changed in place. Codes are made of the values as float32.
+        bucket: which layers travel how; equal on all ranks.
+        ctx: of this reduction.
+        exchange: "auto", "gather" or "two_phase".
+        later: for CUDA, where checking the other ranks' headers at once would stall the device; see :func:`agree`.
+        last: no message of the path follows.
+        staging: stages that coded layers pass, before they are coded and once their means are there.
+
+    Raises:
+        TypeError: `flat` is not of one of DTYPES.
+        ValueError: the layers do not fit the buffer, or an unknown exchange.
+        RanksDiffer: ranks came with different arguments.
+    """
+    check_dtype(flat)
+    bucket.check(flat)
+    cuts = bucket.cuts(exchange, ctx.world_size, flat.dtype)
+    configuration = f"{bucket.configuration} {flat.dtype} {exchange}"
+    if staging is not None and not staging.stages:
+        staging = None
+    given = []
+    if staging is not None:
+        configuration += f" {staging.stages}"
+        with ctx.phase("encode", "stages"):
+            given = [staging.before(flat, group.layers, ctx) for group in bucket.coded]
+    with ctx.phase("encode", "measure"):
+        local = [group.codec.measure(flat, group.segments) for group in bucket.coded]
+    header = _header(ctx, flat.numel(), bucket.coded_numel, configuration, bucket.checksum)
+    ways = [group.codec.agree for group in bucket.coded]
+    shared = yield from agree(header, local, ways, ctx, flat.device, later=later, last=last and not cuts)
+    with ctx.phase("encode", "prepare"):
+        codings = [
+            Coding(flat, group.segments, group.codec, mine, ours, key=ctx.key, rank=ctx.rank, world_size=ctx.world_size)
+            for group, mine, ours in zip(bucket.coded, local, shared, strict=True)
+        ]
+    if staging is not None and staging.keeps_state:
+        with ctx.phase("encode", "stages"):
+            for group, coding, each in zip(bucket.coded, codings, given, strict=True):
+                staging.sent(coding.own(), group.layers, ctx, each)
+
+    def part(index: int, edges: tuple[int, ...]) -> Part:
+        if index < len(codings):
+            return codes_of(codings[index], edges)
+        group = bucket.floats[index - len(codings)]
+        return Floats(flat, group.segments, edges, divisor=ctx.world_size, label=group.label, dtype=group.dtype)
+
+    def piece(cut: Cut) -> Piece:
+        return Piece([part(*each) for each in cut.whole], [part(*each) for each in cut.rows])
+
+    yield from exchanges.all_reduce(map(piece, cuts), ctx, flat.device, last=last)
+    if staging is not None:
+        with ctx.phase("decode", "stages"):
+            for group in bucket.coded:
+                staging.after(flat, group.layers, ctx)
+
+
+def agree(
+    header: Header,
+    local: Sequence[Local],
+    ways: Sequence[Callable[[torch.Tensor], Agreed]],
+    ctx: Context,
+    device: torch.device,
+    *,
+    later: list[Unchecked] | None = None,
+    last: bool = False,
+) -> Path[list[Agreed]]:
+    """Statistics of this rank -> those that all ranks agree on, once all ranks proved to be in step.
+
+    The first message has one size whatever the layers are: the header, and the statistics where they fit. More of them
+    follow in messages of their own: whole while that is small, else in rows.
+
+    Args:
+        header: of this bucket.
+        local, ways: of each group: (..., L) float32, and how ranks agree on it.
+        ctx, device: of the reduction.
+        later: nothing waits for the host: where headers differ all statistics become +inf, so that every rank gets
+            non-finite gradients, and the headers are appended to be checked when they have arrived.
+        last: no message of the path follows.
+
+    Raises:
+        RanksDiffer: a rank sent another header. Every rank raises, naming both sides.
+    """
+    nbytes = sum(4 * each.numel() for each in local)
+    inline = nbytes <= INLINE_NBYTES
+    rows = 1 if inline or ctx.world_size * nbytes <= SMALL else ctx.world_size
+    parts = [Statistics(one, way, row_edges(one.shape[-1], rows)) for one, way in zip(local, ways, strict=True)]
+    widths = [PROLOGUE_NBYTES - INLINE_NBYTES, *(part.up_nbytes if inline else 0 for part in parts)]
+    with ctx.phase("exchange", "header"):
+        message = header.prologue(device)
+        for part, place in zip(parts, _columns(message[None], widths), strict=True):
+            if inline:
+                part.pack(place)
+    ctx.count("checks", PROLOGUE_NBYTES)
+    received = yield Message("all_gather", message, last=last and inline)
+    with ctx.phase("exchange", "share"):
+        differ = check(received, message, ctx.rank, later)
+        for part, place in zip(parts, _columns(received, widths), strict=True):
+            if inline:
+                part.keep(place)
+    if not inline:
+        piece = Piece([], parts) if rows > 1 else Piece(parts, [])
+        yield from exchanges.all_reduce([piece], ctx, device, last=False)
+    shared = [part.shared for part in parts]
+    return shared if differ is None else [Agreed(torch.where(differ, torch.inf, each)) for each in shared]
+
+
+def _columns(rows: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+    """Columns of (W, k) that follow one another, but for the first."""
+    return list(torch.split(rows[:, : sum(widths)], list(widths), dim=1))[1:]
+
+
+def reduce_scatter(
+    flat: torch.Tensor,
+    shards: Shards,
+    ctx: Context,
+    *,
+    divisor: float,
+    out: torch.Tensor,
+    later: list[Unchecked] | None = None,
+) -> Path[None]:
+    """Leave the sum over ranks of this rank's row, divided by `divisor`, in `out`: half of an all-reduce.
+
+    The bits are those of :func:`all_reduce_mean`, cut into shards, where sums do not travel back in fewer bits.
+
+    Args:
+        flat: (W k,) contiguous floats, laid out as `shards` says; not modified.
+        shards: the layout.
+        ctx, later: see :func:`all_reduce_mean`.
+        divisor: W for the mean, 1 for the sum.
+        out: (k,), of the same type; padding becomes 0.
+
+    Raises:
+        ValueError: sizes do not fit.
+        TypeError: not floats of a known type.
+        RanksDiffer: ranks came with different arguments.
+    """
+    check_dtype(flat)
+    if flat.numel() != ctx.world_size * shards.row or out.numel() != shards.row:
+        raise ValueError(
+            f"wanted {ctx.world_size} rows of {shards.row} elements and room for one, "
+            f"got {flat.numel()} and {out.numel()}"
+        )
+    with ctx.phase("encode", "measure"):
+        local = [_measure_whole(flat, group) for group in shards.coded]
+    configuration = f"{shards.configuration} {flat.dtype} scatter, over {divisor}"
+    header = _header(ctx, flat.numel(), shards.coded_numel, configuration, shards.checksum)
+    ways = [group.codec.agree for group in shards.coded]
+    shared = yield from agree(header, local, ways, ctx, flat.device, later=later)
+    parts: list[Part] = []
+    with ctx.phase("encode", "prepare"):
+        for group, mine, ours in zip(shards.coded, local, shared, strict=True):
+            own, which = group.cut.own(ctx.rank)
+            scale = group.cut.scale.to(flat.device)
+            coding = Coding(
+                flat,
+                group.cut.pieces,
+                group.codec,
+                Local(mine[..., scale]),
+                Agreed(ours[..., scale]),
+                key=ctx.key,
+                rank=ctx.rank,
+                world_size=ctx.world_size,
+                divisor=divisor,
+                target=Target(out, own, Agreed(ours[..., which.to(flat.device)])),
+            )
+            parts.append(codes_of(coding, group.cut.edges, kept=(0, own.numel)))
+        for each in shards.floats:
+            target = out, each.own(ctx.rank)
+            kind: Any = {"label": each.label, "dtype": each.dtype}
+            parts.append(Floats(flat, each.segments, each.edges, divisor=divisor, target=target, **kind))
+    yield from exchanges.reduce_scatter(parts, ctx, flat.device, clear=out)
+
+
+def _measure_whole(flat: torch.Tensor, group: CodedShards) -> Local:
+    """Statistics of each parameter, in its own order: the same scales, the same bits as unsharded."""
+    scaled = group.codec.scaled
+    found: list[torch.Tensor] = [group.codec.measure(each, scaled(Segments([len(each)]))) for each in group.whole(flat)]
+    return Local(torch.cat(found, dim=-1))
+
+
+def all_reduce_mean_between_nodes(
+    flat: torch.Tensor,
+    bucket: Bucket,
+    node: Context,
+    between: Context,
+    *,
+    exchange: str = "auto",
+    later: list[Unchecked] | None = None,
+) -> Path[None]:
+    """As :func:`all_reduce_mean`: floats inside a node, over its fast links, and codes between nodes.
+
+    Each rank of a node adds up one row of its buffer, averages it with the ranks of its place on the other nodes, and
+    sends it to the node's ranks. A node sends to others what one rank alone would. A layer that lies in several rows
+    has clip limit and scale in each, so a non-finite element makes non-finite what its row holds of the layer.
+
+    Args:
+        flat, bucket, exchange, later: see there; the bucket's layers are all of `flat`.
+        node: among the ranks of this node, equally many on all nodes.
+        between: among the ranks that have this one's place on every node.
+    """
+    check_dtype(flat)
+    bucket.check(flat)
+    configuration = f"{bucket.configuration} {flat.dtype} {exchange} between {between.world_size}"
+    header = _header(node, flat.numel(), bucket.coded_numel, configuration, bucket.checksum)
+    yield from within("node", agree(header, [], [], node, flat.device, later=later))
+    edges = row_edges(flat.numel(), node.world_size)
+    width = edges[1]
+    row, whole = flat.new_zeros(width), Segments([flat.numel()])
+    own = Segments([edges[node.rank + 1] - edges[node.rank]])
+    floats = Floats(flat, whole, edges, divisor=node.world_size, label="intra", target=(row, own))
+    yield from within("node", exchanges.reduce_scatter([floats], node, flat.device))
+    part = bucket.clipped(node.rank * width, (node.rank + 1) * width)
+    yield from within("between", all_reduce_mean(row, part, between, exchange=exchange, later=later))
+    back = Floats(row, Segments([width]), (0, width), divisor=1.0)
+    message = row.new_empty(back.back_nbytes, dtype=torch.uint8)
+    with node.phase("exchange", "gather inside"):
+        back.pack(message[None])
+        node.count("intra", back.back_nbytes)
+    received = yield Message("all_gather", message, group="node", last=True)
+    with node.phase("decode"):
+        floats.unpack(received)
+
+
+def all_reduce_mean_sparse(
+    gradient: torch.Tensor, ctx: Context, *, later: list[Unchecked] | None = None
+) -> Path[torch.Tensor]:
+    """A sparse gradient -> the exact mean over ranks, the same bits on every rank.
+
+    Args:
+        gradient: sparse_coo of floats, with one or more sparse dimensions; ranks may hold other rows. Not modified.
+        ctx, later: see :func:`all_reduce_mean`.
+
+    Returns:
+        A coalesced sparse_coo tensor with every row that some rank has. Rows are added in rank order.
+
+    Raises:
+        RanksDiffer: shapes or types differ, or ranks are not in step.
+    """
+    with ctx.phase("encode"):
+        mine = gradient.coalesce()
+        indices, values = mine.indices(), mine.values()
+        count = torch.tensor([indices.shape[1]], dtype=torch.int64, device=gradient.device)
+    configuration = f"{gradient.dtype} {tuple(gradient.shape)} {gradient.sparse_dim()}"
+    header = _header(ctx, gradient.numel(), 0, configuration, 0)
+    yield from agree(header, [], [], ctx, gradient.device, later=later)
+    ctx.count("exact", 8)
+    counts = (yield Message("all_gather", count.view(torch.uint8))).view(torch.int64).flatten().tolist()
+    gather = partial(_gather_padded, length=max(counts), ctx=ctx)
+    everyones_indices = yield from gather(indices.T)
+    everyones_values = yield from gather(values, last=True)
+    with ctx.phase("decode"):
+        everywhere = torch.cat([everyones_indices[rank, :count] for rank, count in enumerate(counts)])
+        together, place = torch.unique(everywhere, dim=0, return_inverse=True)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total = torch.zeros(len(together), *values.shape[1:], dtype=wide, device=gradient.device)
+        for rank, where in enumerate(place.split(counts)):
+            total.index_add_(0, where, everyones_values[rank, : counts[rank]].to(wide))
+        mean = (total / ctx.world_size).to(values.dtype)
+    return torch.sparse_coo_tensor(together.T, mean, gradient.shape, is_coalesced=True, check_invariants=False)
+
+
+def _gather_padded(rows: torch.Tensor, length: int, ctx: Context, last: bool = False) -> Path[torch.Tensor]:
+    """(k, ...) with k <= length -> (W, length, ...), zeros where a rank has less."""
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    message = padded.view(-1).view(torch.uint8)
+    ctx.count("exact", message.numel())
+    received = yield Message("all_gather", message, last=last)
+    return received.view(rows.dtype).view(ctx.world_size, *padded.shape)  # type: ignore[no-any-return]
+
+
+def joined(number: int, rank: int, device: torch.device) -> Path[list[int]]:
+    """All-gather one integer in the format of a bucket's header.
+
+    A rank that is already reducing sees a foreign header, and both sides raise instead of hanging.
+
+    Raises:
+        RanksDiffer: some ranks reduce gradients meanwhile. They raise it too.
+    """
+    received = yield Message("all_gather", Header.joining(number).prologue(device), last=True)
+    return numbers_of_joining(received.cpu(), rank)
+
+
+def check_dtype(flat: torch.Tensor) -> None:
+    """Raise a TypeError unless gradients of this type can be averaged."""
+    if flat.dtype not in DTYPES:
+        raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}, got {flat.dtype}")
+
+
+def _header(ctx: Context, numel: int, coded_numel: int, configuration: str, layers: int) -> Header:
+    key = ctx.key
+    return Header(key.seed, key.step, key.bucket, numel, coded_numel, zlib.crc32(configuration.encode()), layers)

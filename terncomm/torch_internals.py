@@ -1,0 +1,340 @@
+"""Private attributes of torch that terncomm needs: all of them are read here, and nowhere else in terncomm.
+
+Torch may rename or remove such an attribute in any release. Then a function of this module raises
+:class:`IncompatibleTorch`, which names the attribute. Each function says in which versions of torch its attributes
+were seen. 2.13 runs the tests; in 2.6, 2.8, 2.9 and 2.12 the attributes were found in the source, or, where a class is
+written in C++, their names in the compiled library. The compiled library does not tell which class a name belongs to.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+# Modules that wrap another one, and so stand in the names of its parameters: torch.compile, FSDP1 and activation
+# checkpointing. Seen in 2.6 to 2.13.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+_SEEN = "2.6 to 2.13"
+
+
+class IncompatibleTorch(Exception):
+    """This version of torch lacks a private attribute that terncomm needs.
+
+    Not a `RuntimeError`: those that torch raises while ranks communicate are taken for the loss of a rank.
+    """
+
+
+def _missing(attribute: str, purpose: str, seen: str) -> IncompatibleTorch:
+    return IncompatibleTorch(
+        f"torch {torch.__version__} has no {attribute}, which terncomm needs {purpose} (seen in {seen}): please report "
+        "it, with this version of torch"
+    )
+
+
+def _read(owner: Any, kind: str, name: str, purpose: str, seen: str = _SEEN) -> Any:
+    """The attribute `name` of an object of class `kind`."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise _missing(f"{kind}.{name}", purpose, seen) from None
+
+
+def _write(owner: Any, kind: str, name: str, value: Any, purpose: str, seen: str = _SEEN) -> None:
+    """Replace an attribute; one that torch does not have is not made, for torch would not read it."""
+    _read(owner, kind, name, purpose, seen)
+    setattr(owner, name, value)
+
+
+# Process groups and their backends.
+
+
+def default_group() -> dist.ProcessGroup:
+    """The default process group, by public means.
+
+    Raises:
+        ValueError: there is none yet.
+    """
+    group = dist.group.WORLD
+    if group is None:
+        raise ValueError("Default process group has not been initialized, please make sure to call init_process_group.")
+    return group
+
+
+def store_of(group: dist.ProcessGroup) -> Store:
+    """The store in which the ranks of a group met: `distributed_c10d._get_process_group_store`, 2.6 to 2.13."""
+    module = dist.distributed_c10d
+    find = _read(module, "distributed_c10d", "_get_process_group_store", "to connect ranks")
+    return cast(Store, find(group))
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
+    """The backend of a group that serves tensors of `device`: `ProcessGroup._get_backend`, 2.6 to 2.13."""
+    return _read(group, "ProcessGroup", "_get_backend", "to send messages")(device)
+
+
+def all_gather_flat(backend: Any, received: torch.Tensor, mine: torch.Tensor) -> Any:
+    """Begin an all-gather into one tensor; returns what to wait for: `Backend._allgather_base`, 2.6 to 2.13."""
+    return _read(backend, "Backend", "_allgather_base", "to send messages")(received, mine)
+
+
+def timeout_of(backend: Any) -> timedelta:
+    """How long calls of a backend wait: `Options._timeout`, 2.6 to 2.13; torch's default for a backend without it.
+
+    Raises:
+        IncompatibleTorch: a backend of torch has options, and no timeout among them.
+    """
+    options = getattr(backend, "options", None)
+    if options is not None and backend.name() in ("gloo", "nccl"):
+        _read(options, type(options).__qualname__, "_timeout", "to notice ranks that do not come")
+    return getattr(options, "_timeout", None) or dist.default_pg_timeout
+
+
+def gloo_options_like(backend: Any, timeout: timedelta) -> Any:
+    """Options for a gloo backend on the network interfaces of another, with as many threads.
+
+    `ProcessGroupGloo._Options`, with `_devices`, `_threads` and `_timeout`: 2.6 to 2.13.
+    """
+    kind, purpose = "ProcessGroupGloo._Options", "to connect ranks over gloo"
+    theirs = _read(backend, "ProcessGroupGloo", "options", purpose)
+    options = _read(dist.ProcessGroupGloo, "ProcessGroupGloo", "_Options", purpose)()
+    for name in ("_devices", "_threads"):
+        _write(options, kind, name, _read(theirs, kind, name, purpose), purpose)
+    _write(options, kind, "_timeout", timeout, purpose)
+    return options
+
+
+def gloo_device_count(backend: Any) -> int:
+    """The number of network interfaces of a gloo backend: `ProcessGroupGloo._Options._devices`, 2.6 to 2.13."""
+    purpose = "to end connections over gloo"
+    options = _read(backend, "ProcessGroupGloo", "options", purpose)
+    return len(_read(options, "ProcessGroupGloo._Options", "_devices", purpose))
+
+
+def nccl_options(timeout: timedelta) -> Any:
+    """Options for an NCCL backend: `ProcessGroupNCCL.Options._timeout`, in the type stubs of 2.6 to 2.13."""
+    options = dist.ProcessGroupNCCL.Options()
+    _write(options, "ProcessGroupNCCL.Options", "_timeout", timeout, "to connect ranks over NCCL")
+    return options
+
+
+# DistributedDataParallel.
+
+
+def comm_hook_of(ddp: nn.parallel.DistributedDataParallel) -> Any:
+    """The communication hook of a DDP model, or None: `DistributedDataParallel._comm_hooks`, 2.6 to 2.13."""
+    hooks = _read(ddp, "DistributedDataParallel", "_comm_hooks", "to find an earlier communication hook")
+    return hooks[0][0] if hooks else None
+
+
+def uses_python_reducer(ddp: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether torch.compile has taken over from DDP's buckets: `_use_python_reducer`, 2.6 to 2.13.
+
+    Where torch has no such attribute it has no such reducer.
+    """
+    return bool(getattr(ddp, "_use_python_reducer", False))
+
+
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """The module inside one of torch.compile (`_orig_mod`, 2.6 to 2.13) or Lightning Fabric (`_forward_module`).
+
+    Not by `getattr`, for other wrappers hand it on to the module inside them: `Module._modules`, 2.6 to 2.13.
+    """
+    children = _read(module, "Module", "_modules", "to find the model inside a wrapper")
+    for name in ("_orig_mod", "_forward_module"):
+        if isinstance(inner := vars(module).get(name) or children.get(name), nn.Module):
+            return inner
+    return None
+
+
+def first_bucket_bytes() -> int:
+    """The size of DDP's first bucket by default: `torch.distributed._DEFAULT_FIRST_BUCKET_BYTES`, 2.6 to 2.13."""
+    return int(_read(dist, "torch.distributed", "_DEFAULT_FIRST_BUCKET_BYTES", "to predict DDP's buckets"))
+
+
+def bucket_assignment(tensors: Sequence[torch.Tensor], limits: Sequence[int]) -> list[list[int]]:
+    """Places in the list of the tensors that DDP reduces together; the last limit, in bytes, is that of all others.
+
+    `torch.distributed._compute_bucket_assignment_by_size`, 2.6 to 2.13.
+    """
+    name = "_compute_bucket_assignment_by_size"
+    assign = _read(dist, "torch.distributed", name, "to predict DDP's buckets")
+    places, _ = assign(list(tensors), list(limits), [False] * len(tensors))
+    return cast(list[list[int]], places)
+
+
+# FSDP2 (fully_shard).
+
+
+class FSDP2Group(NamedTuple):
+    """Parameters that one module of `fully_shard` reduces together.
+
+    params: FSDP's own objects, for :func:`fsdp2_parameter` and the functions after it.
+    shards: the ranks that hold the shards of a parameter, or None if it is only replicated.
+    replicas: the ranks that hold the same shard, or None if there is one of each.
+    """
+
+    params: list[Any]
+    device: torch.device
+    shards: dist.ProcessGroup | None
+    replicas: dist.ProcessGroup | None
+    reduce_scatter: Any
+    all_reduce_hook: Any
+
+
+def fsdp2_groups(module: nn.Module) -> list[FSDP2Group]:
+    """The groups of a module of `fully_shard`; none if it has no parameters of its own.
+
+    `FSDPModule._get_fsdp_state` and the attributes of `FSDPParamGroup` and its mesh: 2.9 to 2.13. Earlier versions
+    have no `set_custom_reduce_scatter`. A module has one group, `FSDPState._fsdp_param_group`, in 2.6 to 2.9, and
+    several, `_fsdp_param_groups`, in 2.12 and 2.13.
+    """
+    state = _read(module, "FSDPModule", "_get_fsdp_state", _FSDP2)()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [_read(state, "FSDPState", "_fsdp_param_group", _FSDP2)]
+    return [_fsdp2_group(group) for group in groups if group is not None]
+
+
+_FSDP2 = "for FSDP2"
+
+
+def _fsdp2_group(group: Any) -> FSDP2Group:
+    params, device, mesh, reduce_scatter, all_reduce_hook = (
+        _read(group, "FSDPParamGroup", name, _FSDP2, "2.9 to 2.13")
+        for name in ("fsdp_params", "device", "mesh_info", "_reduce_scatter_comm", "_all_reduce_hook")
+    )
+    shards = getattr(mesh, "shard_process_group", None)
+    replicas = getattr(mesh, "replicate_process_group", None)
+    if shards is None and replicas is None:
+        raise _missing(f"{type(mesh).__name__}.shard_process_group", _FSDP2, _SEEN)
+    return FSDP2Group(list(params), device, shards, replicas, reduce_scatter, all_reduce_hook)
+
+
+def fsdp2_parameter(param: Any) -> nn.Parameter:
+    """The parameter as the optimizer has it; torch may replace it: `FSDPParam.sharded_param`, 2.6 to 2.13."""
+    return cast(nn.Parameter, _read(param, "FSDPParam", "sharded_param", _FSDP2))
+
+
+def fsdp2_dimension(param: Any) -> int:
+    """The dimension along which the parameter is sharded: `FSDPParam.fsdp_placement`, 2.6 to 2.13."""
+    return int(_read(param, "FSDPParam", "fsdp_placement", _FSDP2).dim)
+
+
+def fsdp2_shape(param: Any) -> torch.Size:
+    """The shape of the whole parameter: `FSDPParam._orig_size`, 2.6 to 2.13."""
+    return cast(torch.Size, _read(param, "FSDPParam", "_orig_size", _FSDP2))
+
+
+# FSDP1 (FullyShardedDataParallel).
+
+
+class Member(NamedTuple):
+    """A parameter inside a flat parameter: attribute `name` of `module`; `numel` elements from `offset` on."""
+
+    module: nn.Module
+    name: str
+    shape: torch.Size
+    numel: int
+    offset: int
+
+
+class Alias(NamedTuple):
+    """Attribute `name` of `module` is the same parameter as attribute `of_name` of `of_module`."""
+
+    module: nn.Module
+    name: str
+    of_module: nn.Module
+    of_name: str
+
+
+class FlatParameter(NamedTuple):
+    """The flat parameter of an FSDP1 unit, and the parameters in it, in their order."""
+
+    flat: nn.Parameter
+    members: list[Member]
+    aliases: list[Alias]
+
+
+_FSDP1 = "for FSDP1"
+
+
+def flat_parameter(unit: Any) -> FlatParameter | None:
+    """The flat parameter of a `FullyShardedDataParallel`, or None if it has no parameters of its own.
+
+    `FullyShardedDataParallel._handle`; `FlatParameter._param_infos`, `_shapes`, `_numels_with_padding`,
+    `_is_padding_mask` and `_shared_param_infos`: 2.6 to 2.13.
+    """
+    handle = _read(unit, "FullyShardedDataParallel", "_handle", _FSDP1)
+    if handle is None:
+        return None
+    flat = _read(handle, "FlatParamHandle", "flat_param", _FSDP1)
+    infos, shapes, numels, paddings, shared = (
+        _read(flat, "FlatParameter", name, _FSDP1)
+        for name in ("_param_infos", "_shapes", "_numels_with_padding", "_is_padding_mask", "_shared_param_infos")
+    )
+    spans, end = [], 0
+    for numel, is_padding in zip(numels, paddings, strict=True):
+        if not is_padding:
+            spans.append((int(numel), end))
+        end += int(numel)
+    members = [
+        Member(info.module, info.param_name, shape, *span)
+        for info, shape, span in zip(infos, shapes, spans, strict=True)
+    ]
+    aliases = [Alias(i.module, i.param_name, i.prim_module, i.prim_param_name) for i in shared]
+    return FlatParameter(flat, members, aliases)
+
+
+def fsdp1_requires_grad(parameter: FlatParameter) -> list[bool]:
+    """Whether each member requires a gradient now: `FlatParameter._params`, 2.6 to 2.13.
+
+    With `use_orig_params=False` that is None, and all members are as the flat parameter is.
+    """
+    params = _read(parameter.flat, "FlatParameter", "_params", _FSDP1)
+    return [each.requires_grad for each in params or [parameter.flat] * len(parameter.members)]
+
+
+def fsdp1_comm_hook(unit: Any) -> Any:
+    """The communication hook of a unit, or None: `FullyShardedDataParallel._comm_hook`, 2.6 to 2.13."""
+    return _read(unit, "FullyShardedDataParallel", "_comm_hook", _FSDP1)
+
+
+def set_fsdp1_hook_state(unit: Any, state: Any) -> None:
+    """Give the hook of one unit a state of its own: `_comm_hook_state`, 2.6 to 2.13.
+
+    The public `register_comm_hook` gives all units of a model the same one.
+    """
+    _write(unit, "FullyShardedDataParallel", "_comm_hook_state", state, _FSDP1)
+
+
+def is_hybrid(strategy: Any) -> bool:
+    """Whether FSDP1 shards inside nodes and replicates between them: `_HYBRID_SHARD_ZERO2`, 2.6 to 2.13."""
+    name = "_HYBRID_SHARD_ZERO2"
+    return strategy in (type(strategy).HYBRID_SHARD, _read(type(strategy), "ShardingStrategy", name, _FSDP1))
+
+
+# Tensors.
+
+
+def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and values of a sparse tensor as it is: `Tensor._indices` and `_values`, 2.6 to 2.13.
+
+    The public `indices()` and `values()` refuse a tensor that is not coalesced.
+    """
+    purpose = "for sparse gradients"
+    return _read(tensor, "Tensor", "_indices", purpose)(), _read(tensor, "Tensor", "_values", purpose)()
+
+
+def copy_all(into: list[torch.Tensor], source: list[torch.Tensor]) -> None:
+    """Copy each tensor, in few kernels: `torch._foreach_copy_`, 2.6 to 2.13."""
+    _read(torch, "torch", "_foreach_copy_", "to copy gradients")(into, source)
+
+
+def multiply_all(tensors: list[torch.Tensor], factor: float) -> None:
+    """Multiply each tensor in place, in few kernels: `torch._foreach_mul_`, 2.6 to 2.13."""
+    _read(torch, "torch", "_foreach_mul_", "to scale gradients")(tensors, factor)
