@@ -18,7 +18,7 @@ from terncomm.hooks.statistics import ClipWatch, Statistics, advise
 from terncomm.keys import Key
 from terncomm.layers import Layers
 from terncomm.path.account import Clock, Context
-from terncomm.path.bucket import Bucket
+from terncomm.path.bucket import Bucket, piece_for
 from terncomm.path.drivers import blocking
 from terncomm.path.header import Unchecked
 from terncomm.path.message import Path
@@ -253,7 +253,8 @@ class Averaging:
 
     def context(self, key: Key, transport: Metered) -> Context:
         """For the path of a bucket over this transport."""
-        return Context(key, transport.rank, transport.world_size, self.statistics.account)
+        piece = piece_for(transport.chunk)
+        return Context(key, transport.rank, transport.world_size, self.statistics.account, piece)
 
     def later(self, buffer: torch.Tensor) -> list[Unchecked] | None:
         """Where headers are put that cannot be checked at once; see :func:`terncomm.path.reduce.agree`."""

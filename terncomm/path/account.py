@@ -56,6 +56,7 @@ class Context:
     rank: int
     world_size: int
     account: Account = field(default_factory=Account)
+    piece: int | None = None  # elements of a bucket's pieces; equal on all ranks, and no bit depends on it
 
     def phase(self, name: str, part: str = "") -> AbstractContextManager[None]:
         """The time inside is of this phase: "encode", "exchange" or "decode". part: a narrower name, for profiles."""

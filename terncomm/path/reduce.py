@@ -64,7 +64,7 @@ def all_reduce_mean(
     """
     check_dtype(flat)
     bucket.check(flat)
-    cuts = bucket.cuts(exchange, ctx.world_size, flat.dtype)
+    cuts = bucket.cuts(exchange, ctx.world_size, flat.dtype, ctx.piece)
     configuration = f"{bucket.configuration} {flat.dtype} {exchange}"
     if staging is not None and not staging.stages:
         staging = None

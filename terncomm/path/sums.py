@@ -40,6 +40,7 @@ class NarrowRows:
     ) -> None:
         self._top, self._key, self._world_size = how.top, key, world_size
         self._packing = packing_for(-how.top, how.top)
+        self._is_bytes = self._packing.digits == 1 and self._packing.word_bytes == 1
         most = -(-largest // how.top)
         if most >= 2**16:
             raise ValueError(f"narrow sums carry 16-bit divisors: fewer ranks than {world_size} are wanted")
@@ -60,8 +61,12 @@ class NarrowRows:
         window = self._window(row)
         keys = self._key.streams(window.layers, rank=NO_RANK, world_size=self._world_size)
         codes, divisors = ops.narrow(totals, window, keys.to(totals.device), self._top)
-        signed = torch.nn.functional.pad(codes.to(torch.int32) - self._top, (0, self._length - len(codes)))
-        ops.pack(signed, self._packing, out[: self._codes_nbytes])
+        if self._is_bytes:  # a byte holds code + top, as it comes from the kernel
+            out[: len(codes)] = codes
+            out[len(codes) : self._codes_nbytes] = self._top
+        else:
+            signed = torch.nn.functional.pad(codes.to(torch.int32) - self._top, (0, self._length - len(codes)))
+            ops.pack(signed, self._packing, out[: self._codes_nbytes])
         octets = torch.stack([divisors & 0xFF, divisors >> 8], dim=1)[:, : self._width].to(torch.uint8)
         at = self._codes_nbytes + octets.numel()
         out[self._codes_nbytes : at] = octets.flatten()
@@ -72,8 +77,12 @@ class NarrowRows:
         window = self._window(row)
         octets = packed[self._codes_nbytes :][: self._width * len(window)].view(-1, self._width).to(torch.int32)
         divisors = octets[:, 0] if self._width == 1 else octets[:, 0] | octets[:, 1] << 8
-        codes = ops.unpack_sum(packed[None, : self._codes_nbytes], self._packing, self._length)[: window.numel]
-        return ops.widen((codes + self._top).to(torch.uint8), window, divisors.contiguous(), self._top)
+        if self._is_bytes:
+            codes = packed[: window.numel]
+        else:
+            signed = ops.unpack_sum(packed[None, : self._codes_nbytes], self._packing, self._length)[: window.numel]
+            codes = (signed + self._top).to(torch.uint8)
+        return ops.widen(codes, window, divisors.contiguous(), self._top)
 
     def rounded(self, row: int, totals: torch.Tensor) -> torch.Tensor:
         """What the other ranks would get back of a row's totals, (m,) int32."""

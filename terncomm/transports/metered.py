@@ -21,6 +21,11 @@ class Metered:
         self.sent_bytes = 0
         self.calls = 0
 
+    @property
+    def chunk(self) -> int | None:
+        """Bytes that fill the inner transport's link for a moment; None if it has not measured the link."""
+        return getattr(self.inner, "chunk", None)
+
     def _count(self, nbytes: int) -> None:
         self.sent_bytes += (self.world_size - 1) * nbytes
         self.calls += 1
