@@ -4,10 +4,12 @@ Rounding noise is a pure function of its key and of the element's index inside i
 generator, so there is nothing to seed, to save or to disturb: neither PyTorch's global state nor ours.
 
 Keys are derived with the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number
-Generators", OOPSLA 2014). The stream itself is built as SplitMix is, a Weyl sequence through a mixer, in 32 bits: the
-golden-ratio increment 0x9e3779b9 and lowbias32 (Wellons, "Prospecting for Hash Functions", 2018; constants 0x21f0aaad,
-0x735a2d97), one half of the key added before its first round, the other mixed in before its second; see `noise` in
-`terncomm.ops.reference`.
+Generators", OOPSLA 2014). The stream is built as SplitMix is, of a Weyl sequence and a mixer, in 32 bits, except that
+two sequences, each begun at one half of the key, go into the mixer. Their steps are those of Philox's keys, the golden
+ratio and the square root of 3: 0x9e3779b9 and 0xbb67ae85 (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As
+Easy as 1, 2, 3", SC 2011). The mixer is lowbias32 (Wellons, "Prospecting for Hash Functions", 2018; constants
+0x21f0aaad, 0x735a2d97); that the second sequence is added again between its rounds is taken from Squares (Widynski,
+"Squares: A Fast Counter-Based RNG", 2020). See `noise` in `terncomm.ops.reference`.
 """
 
 from dataclasses import dataclass

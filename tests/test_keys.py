@@ -17,12 +17,57 @@ def test_streams_are_pinned():
     """Golden words, from an implementation in Python integers; a change would break every resumed run."""
     words = Key(7, 3).streams(torch.tensor([0, 1, 2**31]), rank=2, world_size=4)
     assert words.tolist() == [[1174829713, 43805431], [3829546700, 2908625600], [957991273, 3850257263]]
-    assert noise(torch.arange(4), words[0, 0], words[0, 1]).tolist() == [5007771, 13627641, 15360672, 7629810]
+    places = torch.tensor([0, 1, 2, 3, 2**31, 2**32 - 1])
+    assert noise(places, words[0, 0], words[0, 1]).tolist() == [16298143, 15334761, 4762373, 1953104, 4224289, 4774324]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, -1, 2**40])
 def test_noise_is_uncorrelated(seed):
     noise_is_uncorrelated(lambda step, layer, rank: uniforms(seed, step, layer, rank), N)
+
+
+def lag_errors(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Two streams of unit variance -> the mean of a[i] * b[i + lag] in standard errors, lags 1, 2, ..., by FFT."""
+    n = len(a)
+    product = torch.fft.rfft(a, 2 * n).conj() * torch.fft.rfft(b, 2 * n)
+    lags = torch.arange(1, n - n // 64)
+    return torch.fft.irfft(product)[lags] / (n - lags).sqrt()
+
+
+def strided(key: Key, stride: int, n: int, bit: int | None = None, *, layer: int = 0, rank: int = 0) -> torch.Tensor:
+    """(n,) float32 of unit variance: every `stride`-th value of a stream, or one bit of it."""
+    words = key.streams(torch.tensor([layer]), rank=rank, world_size=4)[0]
+    values = noise(torch.arange(n) * stride % 2**32, words[0], words[1])
+    if bit is not None:
+        return ((values >> bit) & 1).float() * 2 - 1
+    return (values.float() / 2**24 - 0.5) * 12**0.5
+
+
+@pytest.mark.parametrize(
+    ("stride", "n", "bit"),
+    [
+        (1, 1 << 22, None),  # one Weyl sequence through lowbias32: 10 standard errors at lag 525175
+        (1, 1 << 20, 0),
+        (1, 1 << 20, 23),
+        (320, 1 << 20, None),
+        (4096, 1 << 20, None),
+        (16384, 1 << 18, None),  # and 75 at lag 34542
+        (16384, 1 << 18, 0),
+        (1 << 20, 1 << 12, None),
+    ],
+)
+def test_no_lag_is_correlated(stride, n, bit):
+    x = strided(Key(3), stride, n, bit)
+    z = lag_errors(x, x).abs()
+    assert z.max() < 7, f"lag {int(z.argmax()) + 1}: correlation of {z.max():.1f} standard errors"
+
+
+@pytest.mark.parametrize("other", [{"layer": 1}, {"rank": 1}, {"key": Key(3, 1)}, {"key": Key(4)}], ids=str)
+def test_streams_are_uncorrelated_at_all_lags(other):
+    a, b = (strided(x.pop("key", Key(3)), 1, N, **x) for x in ({}, dict(other)))
+    for first, second in ((a, b), (b, a)):
+        z = lag_errors(first, second).abs()
+        assert z.max() < 7, f"lag {int(z.argmax()) + 1}: correlation of {z.max():.1f} standard errors"
 
 
 def test_every_part_of_the_key_changes_the_stream():

@@ -23,7 +23,8 @@ GROUP = 64  # columns of a planar block, and lanes of a float sum
 CHUNK = 4096  # elements summed in float32 before float64 takes over
 BYTES = 1024  # codes of a byte each that are added up at a time
 
-_GOLDEN = U32(0x9E3779B9)
+_W0, _W1 = U32(0x9E3779B9), U32(0xBB67AE85)  # the steps of the two sequences of the noise
+_LANES0, _LANES1 = (np.arange(GROUP, dtype=np.uint32) * step for step in (_W0, _W1))
 _C1, _C2 = U32(0x21F0AAAD), U32(0x735A2D97)
 _S8, _S15, _S16 = U32(8), U32(15), U32(16)
 _SIGN_OFF = I32(0x7FFFFFFF)
@@ -40,23 +41,34 @@ _inline = numba.njit(inline="always", nogil=True, error_model="numpy", boundsche
 
 
 @_inline
-def _noise(counter, key0, key1):
+def _mix(a, b):
     """24 random bits. Every operation is cast back: Numba widens uint32 arithmetic to 64 bits."""
-    x = U32(U32(counter * _GOLDEN) + key0)
-    x = U32(U32(x ^ U32(x >> _S16)) * _C1)
-    x = U32(x ^ key1)
+    x = U32(a ^ U32(b >> _S8))
+    x = U32(U32(U32(x ^ U32(x >> _S16)) * _C1) + b)
     x = U32(U32(x ^ U32(x >> _S15)) * _C2)
     return U32(U32(x ^ U32(x >> _S15)) >> _S8)
 
 
 @_inline
-def _round(value, limit, lift, scale, top, counter, key0, key1):
+def _begin(counter, key0, key1):
+    """The elements of both sequences at `counter`; those of lane j lie _LANES0[j] and _LANES1[j] on."""
+    return U32(U32(counter * _W0) + key0), U32(U32(counter * _W1) + key1)
+
+
+@_inline
+def _noise(counter, key0, key1):
+    a, b = _begin(counter, key0, key1)
+    return _mix(a, b)
+
+
+@_inline
+def _round(value, limit, lift, scale, top, chance):
     """One code: |value| clamped, scaled to 24 fractional bits, plus 24 random bits, floor, sign restored."""
     magnitude = abs(value)
     magnitude = magnitude if magnitude < limit else limit
     fixed = I32((magnitude * lift) * scale)
     fixed = fixed if fixed < top else top
-    code = I32(I32(fixed + I32(_noise(counter, key0, key1))) >> _S24)
+    code = I32(I32(fixed + I32(chance)) >> _S24)
     return I32(-code) if value < _ZERO else code
 
 
@@ -93,12 +105,15 @@ def encode_bytes(flat, offsets, starts, bases, limit, lift, scale, keys, top, be
         lim, lif, sca, k0, k1 = limit[s], lift[s], scale[s], keys[s, 0], keys[s, 1]
         whole = count - count % GROUP
         for i in range(0, whole, GROUP):
+            a, b = _begin(U32(counter + U32(i)), k0, k1)
             for j in range(GROUP):
                 x = flat[U64(at + i) + U64(j)]
-                code = _round(x, lim, lif, sca, top, U32(U32(counter + U32(i)) + U32(j)), k0, k1)
+                chance = _mix(U32(a + _LANES0[j]), U32(b + _LANES1[j]))
+                code = _round(x, lim, lif, sca, top, chance)
                 out[U64(to + i) + U64(j)] = U8(I32(code + bias))
         for i in range(whole, count):
-            out[to + i] = U8(_round(flat[at + i], lim, lif, sca, top, U32(counter + U32(i)), k0, k1) + bias)
+            chance = _noise(U32(counter + U32(i)), k0, k1)
+            out[to + i] = U8(_round(flat[at + i], lim, lif, sca, top, chance) + bias)
         position = stop
 
 
@@ -312,12 +327,14 @@ def _encode_row(
             lim, lif, sca, k0, k1 = limit[s], lift[s], scale[s], keys[s, 0], keys[s, 1]
             whole = count - count % GROUP
             for i in range(0, whole, GROUP):
+                a, b = _begin(U32(counter + U32(i)), k0, k1)
                 for j in range(GROUP):
                     x = flat[U64(at + i) + U64(j)]
-                    code = _round(x, lim, lif, sca, top, U32(U32(counter + U32(i)) + U32(j)), k0, k1)
+                    chance = _mix(U32(a + _LANES0[j]), U32(b + _LANES1[j]))
+                    code = _round(x, lim, lif, sca, top, chance)
                     block[U64(column + i) + U64(j)] = I32(code - low)
             for i in range(whole, count):
-                code = _round(flat[at + i], lim, lif, sca, top, U32(counter + U32(i)), k0, k1)
+                code = _round(flat[at + i], lim, lif, sca, top, _noise(U32(counter + U32(i)), k0, k1))
                 block[column + i] = I32(code - low)
             column += count
             position += count

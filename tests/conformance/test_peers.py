@@ -61,9 +61,12 @@ def noise(n, seed, step, layer, rank, world_size):
     for word in (step, rank, world_size):
         state = splitmix(state ^ word)
     mixed = splitmix(splitmix(layer) ^ state)
-    x = (np.arange(n, dtype=np.uint64) * 0x9E3779B9 + (mixed & M32)) & M32
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & M32
-    x = ((x ^ (mixed >> 32) ^ ((x ^ (mixed >> 32)) >> 15)) * 0x735A2D97) & M32
+    counter = np.arange(n, dtype=np.uint64)
+    a = (counter * 0x9E3779B9 + (mixed & M32)) & M32
+    b = (counter * 0xBB67AE85 + (mixed >> 32)) & M32
+    x = a ^ (b >> 8)
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD + b) & M32
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & M32
     return (x ^ (x >> 15)) >> 8
 
 
