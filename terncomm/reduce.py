@@ -8,7 +8,7 @@ from terncomm.codecs.base import Codec
 from terncomm.keys import Key
 from terncomm.path import reduce as path
 from terncomm.path.account import Account, Clock, Context
-from terncomm.path.bucket import EXCHANGES, Bucket, check_exchange
+from terncomm.path.bucket import EXCHANGES, Bucket
 from terncomm.path.drivers import Call, blocking, counted
 from terncomm.path.header import RanksDiffer, Unchecked
 from terncomm.path.reduce import DTYPES
@@ -75,8 +75,6 @@ def all_reduce_mean(
     >>> LocalTransport.run(2, work)
     [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
     """
-    path.check_dtype(flat)
-    check_exchange(exchange)
     key = key if isinstance(key, Key) else Key(key)
     account = Account(clock)
     ctx = Context(key, transport.rank, transport.world_size, account)

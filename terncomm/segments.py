@@ -198,26 +198,6 @@ class Segments:
             return flat[first : first + self.numel]
         return torch.cat([flat[o : o + n] for o, n in zip(self.offsets.tolist(), self.sizes, strict=True)])
 
-    def parts(self, large: int) -> list["Segments"]:
-        """Segments to be taken one after the other, each without much of a copy.
-
-        All at once where they are contiguous; else every piece of `large` elements or more on its own, and the others
-        in groups of less than twice `large`.
-        """
-        if self.contiguous or self.numel < large:
-            return [self]
-        found, group, held = [], [], 0
-        for number, size in enumerate(self.sizes):
-            if size >= large:
-                found.append([number])
-                continue
-            group.append(number)
-            held += size
-            if held >= large:
-                found.append(group)
-                group, held = [], 0
-        return [Segments.of_table(self.table[:, numbers]) for numbers in [*found, group] if numbers]
-
     def spans(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """Dense elements [begin, end) as runs without a gap: (place after `begin`, place in the buffer, length)."""
         if (begin, end) not in self._spans:

@@ -26,7 +26,16 @@ import torch
 
 from terncomm.ops.types import Packing
 
-__all__ = ["ByteCoder", "Narrow", "Packing", "packing_for"]
+__all__ = ["ByteCoder", "Narrow", "Packing", "aligned", "packing_for"]
+
+
+def aligned(nbytes: int) -> int:
+    """The next multiple of 16: where rows, and what shares a row, may begin.
+
+    >>> aligned(16), aligned(17)
+    (16, 32)
+    """
+    return -(-nbytes // 16) * 16
 
 
 @cache

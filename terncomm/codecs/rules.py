@@ -46,11 +46,6 @@ class Rules:
         """Of what no other rule matches."""
         return self.pairs[-1][1]
 
-    @property
-    def codecs(self) -> list[Codec]:
-        """All codecs, each once."""
-        return list(dict.fromkeys(codec for _, codec in self.pairs if codec is not None))
-
     def match(self, name: str, kinds: frozenset[str]) -> tuple[str, Codec | None]:
         """The rule for a parameter of this name; kinds: its kinds, and the classes of the modules that hold it."""
         for pattern, codec in self.pairs:

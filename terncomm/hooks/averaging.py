@@ -1,10 +1,9 @@
 """What averages a model's gradients bucket by bucket, whatever calls it."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ from terncomm.torch_internals import sparse_parts
 from terncomm.transports import Metered
 from terncomm.version import __version__
 
-_log = logging.getLogger("terncomm")
+T = TypeVar("T")
 
 _sparse_warned = False  # once in a process
 
@@ -284,9 +283,14 @@ class Averaging:
             bucket = _nothing_coded(buffer.numel())
         return self.dense(buffer, bucket, key)
 
-    def run(self, path: Path[torch.Tensor], index: int) -> torch.Tensor:
+    def run(self, path: Path[T], index: int) -> T:
         """Run the path of bucket `index` to its end on this thread."""
         return blocking(path, self.transports, self.clock, index)
+
+    def run_together(self, path: Path[T], index: int, where: str) -> T:
+        """The same, and the other ranks are told of an error. where: the bucket and the step, in words."""
+        with self.failing_together(lambda: where):
+            return self.run(path, index)
 
     def dense(self, flat: torch.Tensor, bucket: Bucket, key: Key) -> Path[torch.Tensor]:
         """The path of a dense bucket, and what is counted of it."""

@@ -164,8 +164,9 @@ class GradientAverager(Averaging):
         """The path of bucket `index`: its dense gradients are replaced by their means, in place."""
         kind = gradients[0].dtype.to_real(), gradients[0].device
         reals = [_real(gradient) for gradient in gradients]
-        scratch = self._take_scratch(kind, sum(real.numel() for real in reals))
-        flat, place, views = scratch[: sum(real.numel() for real in reals)], 0, []
+        numel = sum(real.numel() for real in reals)
+        scratch = self._take_scratch(kind, numel)
+        flat, place, views = scratch[:numel], 0, []
         for real, parameter in zip(reals, parameters, strict=True):
             piece = flat[place : place + real.numel()]
             views.append(piece.view(real.shape) if parameter.is_complex() else in_memory_order(piece, parameter))

@@ -126,16 +126,8 @@ class Overlap:
             self._failed = averager.fail(error, where, phase)
             return self._failed
 
-        def at_once() -> torch.Tensor:
-            try:
-                done: torch.Tensor = averager.run(path, index)
-                return done
-            except Exception as error:
-                failure = failing(error, averager.clock.phase)
-                raise failure from failure.__cause__
-
         if on_cuda:
-            return at_once
+            return lambda: averager.run_together(path, index, where)
         return self._pipeline.submit(path, averager.transports, averager.clock, failing).wait
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:

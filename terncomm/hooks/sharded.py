@@ -9,7 +9,6 @@ import torch
 from terncomm.codecs import Codec
 from terncomm.hooks.averaging import Averaging
 from terncomm.keys import Key
-from terncomm.path.drivers import blocking
 from terncomm.path.reduce import reduce_scatter
 from terncomm.path.shards import Shards
 
@@ -127,7 +126,7 @@ class Unit(ABC):
             context = state.context(key, state.transports["all"])
             over = state.world_size if divisor is None else divisor
             path = reduce_scatter(flat, shards, context, divisor=over, out=out, later=state.later(flat))
-            blocking(path, state.transports, state.clock, key.bucket)
+            state.run(path, key.bucket)
             numbers = {"coded_numel": shards.coded_numel, "exact_numel": shards.exact_numel}
             state.statistics.add(raw_bytes=flat.nbytes, **numbers)
             state.complain(complaint)

@@ -78,15 +78,8 @@ class CommState(Averaging):
         def failing(error: Exception, phase: str) -> Exception:
             return self.fail(error, where, phase)
 
-        def at_once() -> torch.Tensor:
-            try:
-                return self.run(path, index)
-            except Exception as error:
-                failure = failing(error, self.clock.phase)
-                raise failure from failure.__cause__
-
         if buffer.is_cuda:
-            return self._side_stream.submit(at_once, buffer.device)
+            return self._side_stream.submit(lambda: self.run_together(path, index, where), buffer.device)
         return self._pipeline.submit(path, self.transports, self.clock, failing)
 
     def meet(self, device: torch.device, configuration: dict[str, Any]) -> Connection | None:

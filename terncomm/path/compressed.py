@@ -8,16 +8,12 @@ from terncomm.path.parts import Codes, Coding, Part
 from terncomm.wire import ByteCoder
 
 
-class Varying(ABC):
-    """A :class:`terncomm.path.parts.Part` whose sizes are known when its bytes are made, and agreed on by all ranks.
+class Varying(Part, ABC):
+    """A part whose sizes are known when its bytes are made, and agreed on by all ranks.
 
     The exchange calls `prepare`, sets `up_nbytes` to the largest answer of all ranks, and then calls `pack`; and in
     the same way `prepare_total`, `back_nbytes` and `combine`. That takes a small message more each way.
     """
-
-    label: str
-    up_nbytes: int
-    back_nbytes: int
 
     @abstractmethod
     def prepare(self) -> int:
@@ -26,22 +22,6 @@ class Varying(ABC):
     @abstractmethod
     def prepare_total(self, received: torch.Tensor) -> int:
         """Make the total of this rank's row as all ranks sent it, (W, up_nbytes) uint8; its bytes."""
-
-    @abstractmethod
-    def pack(self, out: torch.Tensor) -> None:
-        """The rows that were made -> out, (rows, up_nbytes) uint8."""
-
-    @abstractmethod
-    def combine(self, received: torch.Tensor, out: torch.Tensor) -> None:
-        """The total that was made -> out (back_nbytes,)."""
-
-    @abstractmethod
-    def unpack(self, totals: torch.Tensor) -> None:
-        """See :class:`terncomm.path.parts.Part`."""
-
-    @abstractmethod
-    def keep(self, received: torch.Tensor) -> None:
-        """See :class:`terncomm.path.parts.Part`."""
 
 
 class Compressed(Varying):

@@ -3,7 +3,7 @@
 :mod:`terncomm.path.pipeline` has the driver that runs many paths side by side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,6 +38,11 @@ def blocking(path: Path[T], transport: Transport | Transports, clock: Clock | No
         with clock("exchange", bucket, message.kind) if clock else nullcontext():
             return call(transports[message.group], message)
 
+    return _in_turn(path, send)
+
+
+def _in_turn(path: Path[T], send: Callable[[Message], torch.Tensor]) -> T:
+    """Run a path to its end, each message sent, and answered, when it is asked for."""
     answer: Any = None
     while True:
         try:
@@ -158,18 +163,8 @@ def counted(path: Path[Any], world_size: int) -> list[Call]:
         calls.append(Call(message.kind, message.nbytes))
         return message.payload.new_empty(world_size, message.nbytes)
 
-    answer: Any = None
-    while True:
-        try:
-            request = path.send(answer)
-        except StopIteration:
-            return calls
-        if isinstance(request, Message):
-            answer = note(request)
-        elif isinstance(request, Start):
-            answer = [note(request.message)]
-        else:
-            answer = None if isinstance(request, Turn) else request.pop()
+    _in_turn(path, note)
+    return calls
 
 
 def sent(calls: Sequence[Call], world_size: int) -> int:

@@ -20,8 +20,8 @@ from terncomm.path.account import Context
 from terncomm.path.compressed import Varying
 from terncomm.path.message import Message, Path, Start
 from terncomm.path.parts import Part
+from terncomm.wire import aligned
 
-_ALIGN = 16
 _AHEAD = 2  # pieces whose rows are on their way before the first of them is waited for
 
 
@@ -40,7 +40,7 @@ class _Columns:
         at = 0
         for width in widths:
             self._slices.append(slice(at, at + width))
-            at += -(-width // _ALIGN) * _ALIGN
+            at += aligned(width)
         self.nbytes = at
 
     def of(self, message: torch.Tensor) -> list[torch.Tensor]:
@@ -111,12 +111,17 @@ def _marked(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
 def _pack(parts: Sequence[Part], columns: _Columns, ctx: Context, device: torch.device) -> torch.Tensor:
     """(W, k) uint8: row r of every part."""
     rows = columns.empty(ctx.world_size, device=device)
-    for part, column in zip(parts, columns.of(rows), strict=True):
-        with ctx.phase("encode"):
-            if not column.is_meta:
-                part.pack(column)
-        ctx.count(part.label, part.up_nbytes)
+    _fill(parts, columns.of(rows), ctx)
     return rows
+
+
+def _fill(parts: Sequence[Part], places: Sequence[torch.Tensor], ctx: Context) -> None:
+    """Pack parts to their places in a message, each (rows, up_nbytes) uint8."""
+    for part, place in zip(parts, places, strict=True):
+        with ctx.phase("encode"):
+            if not place.is_meta:
+                part.pack(place)
+        ctx.count(part.label, part.up_nbytes)
 
 
 def _agree_on_lengths(
@@ -161,11 +166,7 @@ def _turn(
     columns = _Columns(sizes)
     message = columns.empty(device=device)
     places = columns.of(message)
-    for part, place in zip(piece.whole, places[: len(piece.whole)], strict=True):
-        with ctx.phase("encode"):
-            if not place.is_meta:
-                part.pack(place[None])
-        ctx.count(part.label, part.up_nbytes)
+    _fill(piece.whole, [place[None] for place in places[: len(piece.whole)]], ctx)
     if piece.rows:
         with ctx.phase("exchange", "add"):
             for part, row, place in zip(piece.rows, rows, places[len(piece.whole) :], strict=True):

@@ -20,7 +20,7 @@ from terncomm.keys import Key
 from terncomm.ops import Rounding
 from terncomm.path.sums import NarrowRows
 from terncomm.segments import Segments
-from terncomm.wire import packing_for
+from terncomm.wire import aligned, packing_for
 
 _AT_A_TIME = 1 << 16  # floats added at a time: their sum may need wider ones
 
@@ -122,11 +122,6 @@ class Coding:
             self.codec.decode(totals, segments, shared, self.divisor, ranks=ranks, begin=begin, out=out)
 
 
-def _aligned(nbytes: int) -> int:
-    """The next multiple of 16."""
-    return -(-nbytes // 16) * 16
-
-
 class Codes:
     """Integers of a coding: packed codes up, packed sums back.
 
@@ -154,7 +149,7 @@ class Codes:
         if self._narrow is not None:
             self._back_plane = self._narrow.nbytes
         if self._planes > 1:
-            self._up_plane, self._back_plane = _aligned(self._up_plane), _aligned(self._back_plane)
+            self._up_plane, self._back_plane = aligned(self._up_plane), aligned(self._back_plane)
         self.up_nbytes, self.back_nbytes = self._planes * self._up_plane, self._planes * self._back_plane
 
     def pack(self, out: torch.Tensor) -> None:
