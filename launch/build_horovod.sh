@@ -26,7 +26,7 @@ if command -v mpicxx >/dev/null; then
     with=(HOROVOD_WITH_GLOO=1 HOROVOD_WITH_MPI=1) controllers="gloo and MPI"
     # A wheel for one MPI is none for another; where an environment lies does not matter.
     mpi="$({ mpicxx -show | sed "s|$(dirname "$(dirname "$python")")||g"; mpirun --version; } 2>&1 |
-        head -n 3 | cksum | cut -c1-6)"
+        sed -n 1,3p | cksum | cut -c1-6)"
 fi
 tag="$(echo "$("$python" -V) torch $torch $controllers ${mpi:-}" | tr -c 'A-Za-z0-9.\n' -)"
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/terncomm/horovod-$version-$tag"

@@ -1,6 +1,7 @@
 """The scripts in launch/ that start jobs on clusters, as far as one machine can tell."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ from jobs import ROOT, read
 from terncomm.cluster.namespaces import Namespace, NotPermitted
 
 LAUNCH = ROOT / "launch"
-SCRIPTS = [*sorted(p for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch")), ROOT / "tests" / "run.sh"]
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), *(ROOT / "tests").glob("*.sh")])
 TRAIN = str(LAUNCH / "train.py")
 PATHS = os.pathsep.join(filter(None, sys.path))
 
@@ -42,6 +43,8 @@ def test_scripts_are_sound(script):
     subprocess.run(["bash", "-n", script], check=True)
     if shellcheck := shutil.which("shellcheck"):
         subprocess.run([shellcheck, script], check=True)
+    # A reader that leaves early ends its writer by SIGPIPE, and with pipefail the script: by chance.
+    assert not re.search(r"\|\s*(head|grep -q)\b", script.read_text()), "use sed -n, which reads to the end"
 
 
 def test_a_command_for_each_node():
