@@ -389,5 +389,21 @@ def ddp_is_refused():
         terncomm.GradientAverager(DistributedDataParallel(nn.Linear(2, 2)))
 
 
+@pytest.mark.parametrize(("phase", "told"), [("encode", "bucket 0 of step 3, encode"), ("", "bucket 0 of step 3")])
+def test_an_error_outside_every_phase_is_told_without_one(phase, told):
+    class Connected:
+        def fail(self, error, where):
+            assert where == told
+            return error
+
+    def of(transport):
+        averager = terncomm.GradientAverager(nn.Linear(2, 2), "int8", transport)
+        averager.connection = Connected()
+        error = ValueError("boom")
+        assert averager.fail(error, "bucket 0 of step 3", phase) is error
+
+    LocalTransport.run(1, of)
+
+
 def test_ddp_is_refused(on_ranks):
     on_ranks(2, ddp_is_refused)

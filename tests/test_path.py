@@ -617,6 +617,71 @@ def test_an_error_in_the_pipeline_lets_earlier_paths_end_and_stops_later_ones(wh
             assert "PipelineFailed: an earlier gradient reduction failed: boom" in str(each)
 
 
+def test_a_message_that_cannot_begin_is_not_blamed_on_the_path_before():
+    """The first path's message is under way when the second's fails to begin, and it still arrives."""
+    order, second_asks = [], threading.Event()
+
+    class BreaksLater(Chunked):
+        in_flight = 10
+
+        def begin(self, kind, payload):
+            received, transfers = super().begin(kind, payload)
+
+            def started():
+                for wait in transfers:
+                    order.append("start")
+                    yield lambda wait=wait: (order.append("wait"), wait())
+                if payload[0] == 99:
+                    raise OSError("boom")
+                assert second_asks.wait(10)
+                time.sleep(0.1)
+
+            return received, started()
+
+    def path(number):
+        if number == 99:
+            second_asks.set()
+        rows = yield Message("all_gather", octets(number, number, number), last=True)
+        return rows[:, 0].tolist()
+
+    def paths_of(rank):
+        return [(path(number), Clock()) for number in (7, 99, 8)]
+
+    outcomes, failed = pipelined(paths_of, 1, BreaksLater)
+    assert order[:6] == ["start"] * 6, "the second message began while the first was under way"
+    assert [(str(error), phase) for error, phase in failed] == [("boom", "exchange")]
+    one, two, three = outcomes[0]
+    assert one == [7]
+    assert "OSError: boom" in str(two)
+    assert "PipelineFailed" in str(three)
+
+
+def test_a_path_whose_cleanup_raises_leaves_no_future_waiting(caplog):
+    begun = threading.Event()
+
+    class Waits(Recorded):
+        def all_gather(self, payload):
+            assert begun.wait(10)
+            return super().all_gather(payload)
+
+    def broken():
+        yield Message("all_gather", octets(1))
+        raise OSError("boom")
+
+    def clings():
+        begun.set()
+        try:
+            yield Message("all_gather", octets(2), last=True)
+        finally:
+            raise ValueError("cleanup")
+
+    outcomes, _ = pipelined(lambda rank: [(path, Clock()) for path in (broken(), clings(), clings())], 1, Waits)
+    words = [str(each) for each in outcomes[0]]
+    assert "OSError: boom" in words[0]
+    assert all("PipelineFailed: an earlier gradient reduction failed: boom" in each for each in words[1:])
+    assert "abandoned gradient reduction raised ValueError: cleanup" in caplog.text
+
+
 def test_nothing_runs_after_a_pipeline_has_failed():
     def broken():
         raise OSError("boom")

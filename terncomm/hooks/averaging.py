@@ -337,7 +337,7 @@ class Averaging:
         self._failed = error
         if self.connection is None:
             return error
-        failure = self.connection.fail(error, f"{where}, {phase}")
+        failure = self.connection.fail(error, f"{where}, {phase}" if phase else where)
         if failure is not error:
             failure.__cause__ = error
         return failure

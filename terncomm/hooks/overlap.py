@@ -128,7 +128,7 @@ class Overlap:
 
         if on_cuda:
             return lambda: averager.run_together(path, index, where)
-        return self._pipeline.submit(path, averager.transports, averager.clock, failing).wait
+        return self._pipeline.submit(path, averager.transports, averager.clock, failing, index).wait
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
         if parameter.grad is None:

@@ -80,7 +80,7 @@ class CommState(Averaging):
 
         if buffer.is_cuda:
             return self._side_stream.submit(lambda: self.run_together(path, index, where), buffer.device)
-        return self._pipeline.submit(path, self.transports, self.clock, failing)
+        return self._pipeline.submit(path, self.transports, self.clock, failing, index)
 
     def meet(self, device: torch.device, configuration: dict[str, Any]) -> Connection | None:
         """Meet the other ranks, compare configurations, and use what connects them; None over a given transport.

@@ -12,20 +12,25 @@ No collective is ever issued from a `.then` callback. Callbacks run in completio
 rank; collectives issued from them pair up wrongly, on gloo without any error.
 """
 
+import logging
 import queue
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from terncomm.path.account import Clock
 from terncomm.path.drivers import Transports, call
 from terncomm.path.message import Message, Path, Start, Turn
-from terncomm.transports.base import Wait, overlaps
+from terncomm.transports.base import Transport, Wait, overlaps
+
+_log = logging.getLogger("terncomm")
 
 _JOIN_S = 0.5  # for an idle thread to end; one that is stuck in a call is left alone
 
@@ -39,8 +44,10 @@ class PipelineFailed(RuntimeError):
 class _Job:
     """A path under way."""
 
-    def __init__(self, path: Path[torch.Tensor], transports: Transports, clock: Clock, failing: Failing) -> None:
-        self.path, self.transports, self.clock, self.failing = path, transports, clock, failing
+    def __init__(
+        self, path: Path[torch.Tensor], transports: Transports, clock: Clock, failing: Failing, bucket: int
+    ) -> None:
+        self.path, self.transports, self.clock, self.failing, self.bucket = path, transports, clock, failing, bucket
         self.threads = torch.get_num_threads()  # torch keeps the number per thread
         self.outcome: torch.futures.Future[Any] = torch.futures.Future()
         self.held: deque[_Ticket] = deque()  # messages until its turn comes
@@ -84,7 +91,7 @@ class _Job:
     def fail(self, error: Exception, phase: str) -> None:
         """Note an error; it is raised when all jobs before this one have ended."""
         self.error, self.phase, self.ended = error, phase, True
-        self.path.close()
+        _abandon(self.path)
 
 
 class _Ticket:
@@ -106,7 +113,7 @@ class Pipeline:
         self._inbox: _Inbox | None = None
 
     def submit(
-        self, path: Path[torch.Tensor], transports: Transports, clock: Clock, failing: Failing
+        self, path: Path[torch.Tensor], transports: Transports, clock: Clock, failing: Failing, bucket: int = 0
     ) -> torch.futures.Future[torch.Tensor]:
         """Queue a path.
 
@@ -116,6 +123,7 @@ class Pipeline:
             clock: where the time of the wire goes.
             failing: called once, when all paths before have ended, with the error of a path or a transport and the
                 phase in which it came; returns the error that the future raises.
+            bucket: for profiles.
 
         Returns:
             A future that holds what the path returns, or raises its error in its own words.
@@ -125,7 +133,7 @@ class Pipeline:
             computing = threading.Thread(target=_compute, args=(self._inbox,), name="terncomm", daemon=True)
             computing.start()
             weakref.finalize(self, _close, self._inbox, computing)  # runs at interpreter exit too
-        job = _Job(path, transports, clock, failing)
+        job = _Job(path, transports, clock, failing, bucket)
         self._inbox.put_job(job)
         # An exception set on a future that DDP holds surfaces as a cast error; one raised in `then` keeps its words.
         return job.outcome.then(_unwrap)
@@ -189,7 +197,7 @@ def _compute(inbox: _Inbox) -> None:
     while (item := inbox.get()) is not None:
         if failed is not None:
             if isinstance(item, _Job):
-                item.path.close()
+                _abandon(item.path)
                 item.outcome.set_result(_follow_up(failed))
         else:
             if isinstance(item, Exception):
@@ -229,12 +237,20 @@ def _settle(jobs: deque[_Job], wire: "_Wire") -> BaseException | None:
         error, job.error = job.error, None
         failure = _told(job, error)
         for other in jobs:
-            other.path.close()
+            _abandon(other.path)
         job.outcome.set_result(failure)
         for other in jobs:
             other.outcome.set_result(_follow_up(failure))
         return failure
     return None
+
+
+def _abandon(path: Path[torch.Tensor]) -> None:
+    """Close a path that does not go on. An error in its cleanup is logged, for another error is being raised."""
+    try:
+        path.close()
+    except BaseException as error:
+        _log.warning("the cleanup of an abandoned gradient reduction raised %s: %s", type(error).__name__, error)
 
 
 def _told(job: _Job, error: Exception) -> Exception:
@@ -281,17 +297,25 @@ class _Transfer:
     """A part of a message under way, or at last, without a wait, the message as it came."""
 
     def __init__(self, wait: Wait | None, ticket: _Ticket, rows: torch.Tensor | None = None) -> None:
-        self._wait, self._ticket, self._rows = wait, ticket, rows
+        self.wait, self.ticket, self._rows = wait, ticket, rows
 
     def finish(self, inbox: _Inbox) -> None:
         """Wait for it; at last, answer."""
-        began = time.perf_counter()
-        if self._wait is not None:
-            self._wait()
-        self._ticket.job.clock.wire_s += time.perf_counter() - began
+        if self.wait is not None:
+            with _timed(self.ticket):
+                self.wait()
         if self._rows is not None:
-            self._ticket.rows = self._rows
-            inbox.put_answer(self._ticket)
+            self.ticket.rows = self._rows
+            inbox.put_answer(self.ticket)
+
+
+@contextmanager
+def _timed(ticket: _Ticket) -> Iterator[None]:
+    """The time inside belongs to the wire, and is a range in profiles, "terncomm all_to_all, bucket 3"."""
+    began = time.perf_counter()
+    with record_function(f"terncomm {ticket.message.kind}, bucket {ticket.job.bucket}"):
+        yield
+    ticket.job.clock.wire_s += time.perf_counter() - began
 
 
 def _transmit(due: "queue.SimpleQueue[_Ticket | None]", inbox: _Inbox) -> None:
@@ -308,20 +332,36 @@ def _transmit(due: "queue.SimpleQueue[_Ticket | None]", inbox: _Inbox) -> None:
 
 def _begin(ticket: _Ticket, flight: deque[_Transfer], inbox: _Inbox) -> None:
     """Start the transfers of a message, as many at a time as the transport wants under way."""
-    message, transport = ticket.message, ticket.job.transports[ticket.message.group]
-    if not overlaps(transport):
-        while flight:
-            flight.popleft().finish(inbox)
-        began = time.perf_counter()
-        rows = call(transport, message)
-        ticket.job.clock.wire_s += time.perf_counter() - began
-    else:
-        rows, transfers = transport.begin(message.kind, message.payload)
-        for wait in transfers:
-            flight.append(_Transfer(wait, ticket))
-            while len(flight) >= transport.in_flight:
+    transport = ticket.job.transports[ticket.message.group]
+    most = transport.in_flight if overlaps(transport) else 0
+    while flight and not most:
+        flight.popleft().finish(inbox)
+    transfers = _transfers(ticket, transport)
+    while True:
+        try:
+            transfer = next(transfers, None)
+        except BaseException:
+            # Earlier paths have sent all their messages. They still end, and the error is not taken for theirs.
+            while flight and flight[0].ticket.job is not ticket.job:
                 flight.popleft().finish(inbox)
-    flight.append(_Transfer(None, ticket, rows))
+            raise
+        if transfer is None:
+            return
+        flight.append(transfer)
+        while transfer.wait is not None and len(flight) >= most:
+            flight.popleft().finish(inbox)
+
+
+def _transfers(ticket: _Ticket, transport: Transport) -> Iterator[_Transfer]:
+    """Each is started when it is asked for; the last is the answer."""
+    message = ticket.message
+    if overlaps(transport):
+        rows, waits = transport.begin(message.kind, message.payload)
+        yield from (_Transfer(wait, ticket) for wait in waits)
+    else:
+        with _timed(ticket):
+            rows = call(transport, message)
+    yield _Transfer(None, ticket, rows)
 
 
 def _next(due: "queue.SimpleQueue[_Ticket | None]", flight: deque[_Transfer], inbox: _Inbox) -> _Ticket | None:
