@@ -197,7 +197,7 @@ def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> di
 
 
 def matching(what: str, patterns: Collection[str], names: Iterable[str]) -> set[str]:
-    """The names that a pattern matches: a name, the name of a module that holds it, or a shell pattern.
+    """The names of parameters that a shell pattern fits, by their own name or that of a module that holds them.
 
     Raises:
         ValueError: a pattern matches nothing. what: the option that the message names.

@@ -75,7 +75,7 @@ def test_rules_need_names():
         terncomm.CommState({"head": "int8", "default": "terngrad"})
 
 
-MIXED = {"embedding": "int8", "*.lm_head": "bf16", "lm_head": "bf16", "default": "terngrad"}
+MIXED = {"embedding": "int8", "*.lm_head": "bf16", "default": "terngrad"}
 
 
 def gradients(model):
@@ -88,9 +88,8 @@ def gradients(model):
 
 def mixed_beside_single():
     """One model under rules, and one for each codec alone: the gradient of each layer is that of its codec."""
-    rules = {key: codec for key, codec in MIXED.items() if key != "*.lm_head"}
     model = DistributedDataParallel(Model())
-    state = terncomm.register(model, rules)
+    state = terncomm.register(model, MIXED)
     mixed = gradients(model)
     stats = state.stats()
     alone = {}
@@ -123,7 +122,7 @@ def test_each_layer_has_the_bits_of_its_codec(on_ranks, world_size):
 def sharded_like_ddp():
     model, sharded = DistributedDataParallel(Model()), Model()
     fully_shard(sharded)
-    rules = {"embedding": Int8(returned="exact"), "lm_head": "bf16", "default": "terngrad"}
+    rules = {"embedding": Int8(returned="exact"), "*.lm_head": "bf16", "default": "terngrad"}
     terncomm.register(model, rules)
     terncomm.register(sharded, rules)
     for wanted, found in zip(gradients(model), gradients(sharded), strict=True):

@@ -17,8 +17,8 @@ CodecLike = str | Codec | Mapping[str, "str | Codec | None"]
 class Rules:
     """Patterns and codecs, the first match wins; None averages exactly.
 
-    A pattern is the name of a parameter or of a module that holds it, a shell pattern of names, the class of a module
-    that holds it, one of KINDS, or "default", which stands last and matches everything.
+    A pattern is a shell pattern for the name of a parameter or of a module that holds it, the class of such a module,
+    one of KINDS, or "default", which stands last and matches everything.
     """
 
     pairs: tuple[tuple[str, Codec | None], ...]
@@ -63,5 +63,13 @@ class Rules:
 
 
 def named(pattern: str, name: str) -> bool:
-    """Whether a pattern is a parameter's name, that of a module which holds it, or a shell pattern of it."""
-    return name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
+    """Whether a shell pattern fits the name of a parameter, or of a module that holds it.
+
+    "*.head" fits the module "head" of the model itself, too.
+
+    >>> named("*.head", "decoder.head.weight"), named("*.head", "head.weight"), named("body", "bodyguard.weight")
+    (True, True, False)
+    """
+    parts = name.split(".")
+    holders = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any(fnmatch.fnmatchcase(f"{dot}{holder}", pattern) for holder in holders for dot in ("", "."))
