@@ -1,4 +1,4 @@
-"""`python -m terncomm` is `terncomm`."""
+"""`python -m terncomm` runs the command `terncomm`."""
 
 import sys
 

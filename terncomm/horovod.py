@@ -1,4 +1,4 @@
-"""Horovod's `DistributedOptimizer` with gradients that travel as TernGrad or 8-bit codes.
+"""Horovod's `DistributedOptimizer`, with gradients compressed by TernGrad or 8-bit quantization.
 
     import horovod.torch as hvd
     import terncomm.horovod
@@ -8,7 +8,7 @@
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 
-Horovod is imported when it is needed; `launch/build_horovod.sh` builds it for today's torch.
+Horovod is imported on first use. `launch/build_horovod.sh` builds it for the torch that is installed.
 """
 
 import warnings
@@ -26,7 +26,7 @@ from terncomm.hooks.loop import GradientAverager
 from terncomm.hooks.overlap import Overlap
 from terncomm.transports.horovod import HorovodTransport, horovod_torch
 
-_STEP = "terncomm_step"  # in the first parameter group: so it is in checkpoints, and in what Horovod broadcasts
+_STEP = "terncomm_step"  # key in the first parameter group, which checkpoints and Horovod's broadcasts contain
 
 
 def DistributedOptimizer(
@@ -45,46 +45,48 @@ def DistributedOptimizer(
     groups: Any = None,
     **options: Any,
 ) -> Any:
-    """The optimizer, with every `step()` taken on gradients averaged over Horovod's ranks, in compressed form.
+    """Wrap an optimizer: `step()` then uses gradients averaged over Horovod's ranks, sent in compressed form.
 
-    Gradients are coded and exchanged, through Horovod's asynchronous alltoall and allgather, in buckets, while the
-    backward pass still runs. For one seed they are those of the DDP hook, bit for bit. What a program of Horovod's
-    does works as it does there: `backward_passes_per_step` (gradients of several passes add up), process sets,
-    `hvd.broadcast_parameters`, `hvd.broadcast_optimizer_state`, and clipping in between::
+    Buckets of gradients are compressed and exchanged, with Horovod's asynchronous alltoall and allgather, while the
+    backward pass still runs. With the same seed the means equal those of the DDP hook, bit for bit. These work as in
+    Horovod: `backward_passes_per_step` (gradients of several passes are accumulated), process sets,
+    `hvd.broadcast_parameters`, `hvd.broadcast_optimizer_state`, and gradient clipping before the step::
 
         optimizer.synchronize()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         with optimizer.skip_synchronize():
             optimizer.step()
 
-    Collective: every rank of the process set makes one with the same arguments; others step alone, as in Horovod.
+    Collective: every rank of the process set calls it with the same arguments. On other ranks `step()` uses the local
+    gradients, as in Horovod.
 
     Args:
         optimizer: any but `torch.optim.LBFGS`, whose steps depend on a loss that differs between ranks.
-        named_parameters: the module, so that embeddings and the output head are found and travel exactly; or its
-            `named_parameters()`, then name those in `skip`. Without, parameters go by their places in the optimizer.
+        named_parameters: the module; its embeddings and output head are found, and averaged uncompressed. Or its
+            `named_parameters()`; then name these layers in `skip`. By default parameters are named by their places in
+            the optimizer.
         codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
         backward_passes_per_step: backward passes before each `step()`.
         op: `hvd.Average` (the default) or `hvd.Sum`.
-        process_set: of Horovod; by default all ranks.
-        timeout_s: how long an exchange waits for the other ranks.
-        sparse_as_dense: make sparse gradients dense, in place of an error.
-        compression: of Horovod, may only be that of none: `codec` stands in its place.
-        gradient_predivide_factor, num_groups, groups: taken, so that programs need not be changed, and without effect:
-            sums of codes do not overflow, and buckets do what groups do.
+        process_set: a process set of Horovod; by default all ranks.
+        timeout_s: seconds that an exchange waits for the other ranks.
+        sparse_as_dense: whether sparse gradients are made dense; otherwise they are an error.
+        compression: only `Compression.none` is accepted, because `codec` replaces it.
+        gradient_predivide_factor, num_groups, groups: accepted for compatibility, and without effect. Sums of codes do
+            not overflow, and buckets replace groups.
         options: `skip`, `min_numel`, `warmup_steps`, `exchange`, `seed`, `exempt`, `bucket_cap_mb` of
             :class:`terncomm.GradientAverager`.
 
     Returns:
-        An object of the optimizer's class, which shares its parameters and state; use it in the other's place. Its
-        `averager` is a :class:`terncomm.GradientAverager` with `stats()`, `disable()` and `codes()`; `state_dict()`
-        holds the step of the rounding noise.
+        An optimizer of a subclass of the given one's class, which shares its parameters and state; use it instead. Its
+        `averager` is a :class:`terncomm.GradientAverager` with `stats()`, `disable()` and `codes()`, or None outside
+        the process set. Its `state_dict()` includes the step of the rounding noise.
 
     Raises:
         ModuleNotFoundError: Horovod is not installed.
         TypeError: an unknown option.
-        ValueError: `hvd.init()` has not been called, a parameter has no name or two have one, an option or an
-            optimizer that cannot be.
+        ValueError: `hvd.init()` has not been called, a parameter has no name, two parameters have the same name, or an
+            option or the optimizer is invalid.
         ConfigurationsDiffer: ranks were given different arguments.
 
     References:
@@ -98,7 +100,10 @@ def DistributedOptimizer(
     if op not in (hvd.Average, hvd.Sum):
         raise ValueError("op must be hvd.Average or hvd.Sum: codes cannot be combined by Adasum")
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("LBFGS decides by a loss that differs between ranks, so their weights would part ways")
+        raise ValueError(
+            "torch.optim.LBFGS is not supported: its steps depend on a loss that differs between ranks, so the ranks' "
+            "weights would diverge"
+        )
     if hasattr(optimizer, "skip_synchronize"):
         raise ValueError("this optimizer is distributed already: wrap the original one, once")
     if compression not in (None, Compression.none, hvd.Compression.none):
@@ -110,8 +115,10 @@ def DistributedOptimizer(
         averager = GradientAverager(named, codec, HorovodTransport(process_set, timeout_s=timeout_s), **options)
         steps = _Steps(averager)
         factor = averager.transports["all"].world_size if op == hvd.Sum else 1
-        reducer = Overlap(averager, passes=passes, factor=factor, densifies=sparse_as_dense, begin_step=steps.begin)
-    # Of Horovod's module, so that hvd.broadcast_optimizer_state knows that a plain step() would wait for other ranks.
+        reducer = Overlap(
+            averager, passes=passes, factor=factor, sparse_as_dense=sparse_as_dense, begin_step=steps.begin
+        )
+    # By Horovod's module name, hvd.broadcast_optimizer_state recognizes a step() that would wait for other ranks.
     kind = _kind(type(optimizer), hvd.DistributedOptimizer.__module__)
     wrapped = kind.__new__(kind)
     vars(wrapped).update({name: value for name, value in vars(optimizer).items() if name != "step"})
@@ -131,7 +138,11 @@ def _positive(name: str, value: Any) -> int:
 def _named(
     optimizer: torch.optim.Optimizer, given: nn.Module | Iterable[tuple[str, nn.Parameter]] | None
 ) -> nn.Module | list[tuple[str, nn.Parameter]]:
-    """What an averager takes: the module, or names and parameters, of this optimizer."""
+    """The module, or the names and parameters that this optimizer holds, for a `GradientAverager`.
+
+    Raises:
+        ValueError: names are missing, or the module has trainable parameters that the optimizer does not hold.
+    """
     every = [each for group in optimizer.param_groups for each in group["params"]]
     held = {each for each in every if each.requires_grad}
     if given is None:
@@ -156,7 +167,7 @@ def _named(
 
 
 class _Steps:
-    """Keeps the averager's step in the optimizer's first parameter group, by which checkpoints and Horovod carry it."""
+    """Keeps the averager's step in the optimizer's first parameter group, for checkpoints and Horovod's broadcasts."""
 
     def __init__(self, averager: GradientAverager) -> None:
         self._averager = averager
@@ -164,32 +175,32 @@ class _Steps:
         self.optimizer: Callable[[], Any] = lambda: None
 
     def begin(self) -> None:
-        """Begin the step after the optimizer's, or after the averager's if that has loaded a state of its own."""
+        """Begin the step after the optimizer's; after the averager's, if a state was loaded into the averager."""
         group, averager = self.optimizer().param_groups[0], self._averager
         averager.begin_step(group[_STEP] + 1 if averager.step == self._step else None)
         group[_STEP] = self._step = averager.step
 
 
 def _kind(base: Any, module: str) -> Any:
-    """A class of optimizers that behaves as `base` does, on gradients averaged over ranks."""
+    """A subclass of the optimizer class `base` that averages gradients over ranks. module: its `__module__`."""
 
     class Distributed(base):  # type: ignore[misc]
         """See :func:`DistributedOptimizer`."""
 
-        averager: GradientAverager | None  # what averages: statistics and switches. None outside the process set
+        averager: GradientAverager | None  # with stats(), disable() and enable(); None outside the process set
         _reducer: Overlap | None
         _synchronized: bool
         _skips: bool
 
         def synchronize(self) -> None:
-            """Average the gradients of all ranks; they are in place when this returns."""
+            """Average the gradients over ranks. When this returns, `grad` of every parameter holds the mean."""
             reducer = self._reducer
             if reducer is None:
                 return
             if self._synchronized and reducer.idle:
                 warnings.warn(
-                    "optimizer.step() or synchronize() after synchronize(), without skip_synchronize(): these "
-                    "gradients are averaged already, so nothing was done",
+                    "optimizer.step() or synchronize() was called after synchronize(). These gradients are averaged "
+                    "already, and were not averaged again: call step() in `with optimizer.skip_synchronize():`",
                     stacklevel=2,
                 )
                 return
@@ -198,7 +209,7 @@ def _kind(base: Any, module: str) -> Any:
 
         @contextmanager
         def skip_synchronize(self) -> Iterator[None]:
-            """Within it `step()` takes the gradients as they are: `synchronize()` was called before."""
+            """A context in which `step()` uses the gradients as they are. Call `synchronize()` before."""
             self._skips = True
             try:
                 yield
@@ -206,7 +217,7 @@ def _kind(base: Any, module: str) -> Any:
                 self._skips = False
 
         def set_backward_passes_per_step(self, passes: int) -> None:
-            """Backward passes before each `step()`, from the next one on."""
+            """Set the number of backward passes before each `step()`, from the next step on."""
             passes = _positive("backward_passes_per_step", passes)
             if self._reducer is not None:
                 self._refuse_under_way("set_backward_passes_per_step()")
@@ -214,7 +225,7 @@ def _kind(base: Any, module: str) -> Any:
                 self._reducer.next_step()
 
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            """Average the gradients, if that has not been done, and step."""
+            """Average the gradients, unless in `skip_synchronize()`, and update the parameters."""
             if closure is not None:
                 return super().step(partial(self._evaluated, closure))
             if not self._skips:
@@ -235,30 +246,34 @@ def _kind(base: Any, module: str) -> Any:
             return loss
 
         def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-            """Clear gradients; not between a backward pass and the wait for what it began."""
+            """Clear gradients.
+
+            Raises:
+                RuntimeError: a backward pass has begun reductions, and `step()` or `synchronize()` has not ended them.
+            """
             self._refuse_under_way("zero_grad()")
             super().zero_grad(*args, **kwargs)
 
         def _refuse_under_way(self, what: str) -> None:
-            if self._reducer is not None and self._reducer.under_way:
+            if self._reducer is not None and self._reducer.has_pending:
                 raise RuntimeError(
-                    f"optimizer.{what} after loss.backward(), before optimizer.step() or synchronize(): gradients are "
-                    "on their way to other ranks"
+                    f"optimizer.{what} was called after loss.backward() and before optimizer.step() or synchronize(), "
+                    "while gradients are on their way to other ranks: call step() or synchronize() first"
                 )
 
         def add_param_group(self, param_group: Any) -> None:
-            """Refused: what is added later would not be averaged.
+            """Not supported: gradients of a group that is added later would not be averaged.
 
             Raises:
                 RuntimeError: always.
             """
-            raise RuntimeError("add parameter groups before the optimizer is made distributed: these would be left out")
+            raise RuntimeError("add parameter groups before DistributedOptimizer: these would not be averaged")
 
         def load_state_dict(self, state_dict: Any) -> None:
-            """Load the state of the optimizer; the rounding noise goes on after the saved step."""
+            """Load the state of the optimizer; the rounding noise continues after the saved step."""
             self._refuse_under_way("load_state_dict()")
             super().load_state_dict(state_dict)
-            self.param_groups[0].setdefault(_STEP, -1)  # saved by another optimizer
+            self.param_groups[0].setdefault(_STEP, -1)  # if it was saved without terncomm
             self._synchronized = False
 
     Distributed.__name__ = Distributed.__qualname__ = base.__name__
@@ -267,11 +282,11 @@ def _kind(base: Any, module: str) -> Any:
 
 
 class Compression:
-    """What can travel in Horovod's own reduction, for `hvd.DistributedOptimizer(..., compression=Compression.fp16)`.
+    """Compressions for Horovod's own reduction: `hvd.DistributedOptimizer(..., compression=Compression.fp16)`.
 
-    There a rank's tensor is added to those of others as it is, in a type that Horovod can add. Codes of TernGrad and of
-    8-bit quantization carry scales of their own, and sums of them overflow a byte: no such class can be honest for
-    them, and asking for one says so. `DistributedOptimizer` of this module sends them.
+    Horovod adds the compressed tensors of all ranks. That does not work for TernGrad and 8-bit quantization: their
+    codes belong to a scale, and sums of codes overflow a byte. So `Compression.terngrad` and `Compression.int8` raise a
+    TypeError. Use :func:`DistributedOptimizer` of this module instead.
     """
 
     class none:
@@ -284,13 +299,13 @@ class Compression:
 
         @staticmethod
         def decompress(tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
-            """The inverse."""
+            """Return the tensor as it is."""
             return tensor
 
     class fp16:
-        """Float16, divided by a power of two of at least W before it is added up, so that sums of W do not overflow.
+        """Float16, divided before the sum by a power of two >= W, so that the sum of W tensors does not overflow.
 
-        Magnitudes above 65504 become infinite; below 6e-8 W they vanish.
+        Magnitudes above 65504 may become infinite; magnitudes below about 6e-8 W may become 0.
         """
 
         @staticmethod
@@ -303,7 +318,7 @@ class Compression:
 
         @staticmethod
         def decompress(tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
-            """The sum or mean, in the type that it came in."""
+            """The sum or mean, in the dtype of the original tensor."""
             if ctx is None:
                 return tensor
             dtype, factor = ctx

@@ -1,15 +1,15 @@
-"""(seed, step, layer, rank, world size) -> the key of a counter-based random stream.
+"""Keys of the rounding noise: (seed, step, layer, rank, world size) -> key of a counter-based random stream.
 
-Rounding noise is a pure function of its key and of the element's index inside its layer. Nothing is drawn from a
-generator, so there is nothing to seed, to save or to disturb: neither PyTorch's global state nor ours.
+Rounding noise is a pure function of its key and of the element's index inside its layer. No random generator is used.
+So there is no generator state to seed or to save, and PyTorch's global generators are not touched.
 
 Keys are derived with the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number
-Generators", OOPSLA 2014). The stream is built as SplitMix is, of a Weyl sequence and a mixer, in 32 bits, except that
-two sequences, each begun at one half of the key, go into the mixer. Their steps are those of Philox's keys, the golden
-ratio and the square root of 3: 0x9e3779b9 and 0xbb67ae85 (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As
-Easy as 1, 2, 3", SC 2011). The mixer is lowbias32 (Wellons, "Prospecting for Hash Functions", 2018; constants
-0x21f0aaad, 0x735a2d97); that the second sequence is added again between its rounds is taken from Squares (Widynski,
-"Squares: A Fast Counter-Based RNG", 2020). See `noise` in `terncomm.ops.reference`.
+Generators", OOPSLA 2014). The stream has the structure of SplitMix, in 32 bits: a mixer of a Weyl sequence. Here the
+mixer gets two Weyl sequences; each starts at one half of the key. Their increments are those of Philox's keys, from
+the golden ratio and the square root of 3: 0x9e3779b9 and 0xbb67ae85 (Salmon, Moraes, Dror, Shaw, "Parallel Random
+Numbers: As Easy as 1, 2, 3", SC 2011). The mixer is lowbias32 (Wellons, "Prospecting for Hash Functions", 2018;
+constants 0x21f0aaad, 0x735a2d97). The second sequence is added again between the mixer's rounds, as in Squares
+(Widynski, "Squares: A Fast Counter-Based RNG", 2020). See `noise` in `terncomm.ops.reference`.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-NO_RANK = 2**32 - 1  # the rank of noise that all ranks share
+NO_RANK = 2**32 - 1  # in place of a rank, for noise that is equal on all ranks
 
 
 def _mix(x: int) -> int:
@@ -47,12 +47,12 @@ def _mix_tensor(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Key:
-    """What the rounding noise of one reduction is a function of.
+    """Identifies one reduction: the seed and step of its rounding noise, and its bucket.
 
     Args:
-        seed: chosen by the user, equal on all ranks.
+        seed: chosen by the user; must be equal on all ranks.
         step: number of the optimizer step.
-        bucket: which reduction of the step this is. It is compared across ranks and does not change the noise.
+        bucket: index of the reduction in this step. It is compared across ranks, but does not change the noise.
 
     >>> Key(1).streams(torch.tensor([0, 1]), rank=0, world_size=2).shape
     torch.Size([2, 2])
@@ -71,7 +71,16 @@ class Key:
                 raise ValueError(f"{name} must fit in 64 bits, got {value}")
 
     def streams(self, layers: torch.Tensor, *, rank: int, world_size: int) -> torch.Tensor:
-        """(L,) layer numbers -> (L, 2) int64 in [0, 2**32): the two words that key each layer's noise."""
+        """Noise keys of layers.
+
+        Args:
+            layers: (L,) int64 layer numbers.
+            rank: whose noise; `NO_RANK` for noise that is equal on all ranks.
+            world_size: W.
+
+        Returns:
+            (L, 2) int64 in [0, 2**32): two 32-bit key words for each layer.
+        """
         state = _mix(self.seed & _MASK)
         for word in (self.step, rank, world_size):
             state = _mix(state ^ (word & _MASK))

@@ -1,4 +1,4 @@
-"""Which parameters of a model are coded, which travel exactly, and how both lie in a bucket."""
+"""Which parameters of a model go through a codec, which do not, and where both lie in a bucket."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from terncomm.codecs import Codec, IntegerCodec, Rules
-from terncomm.codecs.rules import DEFAULT, named
+from terncomm.codecs.rules import DEFAULT, matches
 from terncomm.segments import Segments
 from terncomm.torch_internals import WRAPPERS
 
 GROUPS = ("embedding", "head")
 _WRAPPERS = re.compile(rf"\b({'|'.join(WRAPPERS)})(\.|$)")
-Own = Callable[[nn.Module], Mapping[str, torch.Tensor]]
+Own = Callable[[nn.Module], Mapping[str, torch.Tensor]]  # module -> its own parameters, by name
 
 
 def _own(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -21,18 +21,19 @@ def _own(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Layers:
-    """The parameters of a model, numbered, each with its codec; the same wherever its gradients are reduced.
+    """The number and the codec of each parameter of a model. The same for DDP, FSDP and training loops.
 
     Args:
-        named_parameters: of the model; those that need no gradient are left out, a tied one goes by its first name.
-        rules: which codec for which parameters.
-        skip: parameters that travel exactly: names, names of modules, shell patterns.
-        min_numel: parameters with fewer elements, or with one dimension, go through no codec of integers.
-        exempt: groups of GROUPS that :meth:`adopt` finds by the model's structure, and that go through no codec of
-            integers unless a rule names them.
+        named_parameters: (name, parameter) pairs of the model. Parameters that require no gradient are ignored; a tied
+            parameter keeps its first name.
+        rules: the codec of each parameter; by default "terngrad" for all.
+        skip: parameters that are averaged without a codec: shell patterns for parameter names or module names.
+        min_numel: parameters with fewer elements, or with fewer than two dimensions, do not use integer codecs.
+        exempt: groups, out of GROUPS, that do not use integer codecs unless a rule other than "default" matches them.
+            :meth:`adopt` finds the groups in the model's structure.
 
     Raises:
-        ValueError: an unknown group, or patterns without names or that match none.
+        ValueError: unknown group; `skip` or rules without `named_parameters`; or a pattern in `skip` without a match.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Layers:
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 found.setdefault(parameter, clean(name))
-        if all(name.startswith("module.") for name in found.values()):  # of a DDP model itself, most likely
+        if all(name.startswith("module.") for name in found.values()):  # names of a DDP wrapper, most likely
             self.skip = tuple(pattern.removeprefix("module.") for pattern in self.skip)
             found = {parameter: name.removeprefix("module.") for parameter, name in found.items()}
         if self.skip and not found:
@@ -64,14 +65,18 @@ class Layers:
         self.names = list(found.values())
         self.numbers = {parameter: number for number, parameter in enumerate(found)}
         self._skipped = matching("skip", self.skip, self.names)
-        self._kinds: dict[torch.Tensor, frozenset[str]] = {}  # and the classes of the modules that hold it
+        self._kinds: dict[torch.Tensor, frozenset[str]] = {}  # group, "norm", module class names
         self._known: dict[torch.Tensor, Codec | None] = {}
 
     def adopt(self, model: nn.Module, own: Own = _own) -> None:
-        """Learn the structure of `model`; `own` gives a module's own parameters.
+        """Find the groups and module classes of the parameters of `model`.
+
+        Args:
+            model: the model.
+            own: module -> its own parameters by name, without those of submodules.
 
         Raises:
-            ValueError: a rule matches nothing.
+            ValueError: the pattern of a rule matches no parameter.
         """
         kinds: dict[torch.Tensor, set[str]] = {}
         for module in model.modules():
@@ -89,7 +94,7 @@ class Layers:
         matching("rule", [pattern for pattern in self.rules.patterns if pattern not in classes], self.names)
 
     def codec_of(self, parameter: torch.Tensor) -> Codec | None:
-        """How this parameter's gradient travels once warm-up is over; None: exactly."""
+        """The codec of this parameter's gradient after warm-up; None: averaged without a codec."""
         if parameter not in self._known:
             self._known[parameter] = self._find(parameter)
         return self._known[parameter]
@@ -109,25 +114,25 @@ class Layers:
         return codec
 
     def codes(self, parameter: torch.Tensor) -> bool:
-        """Whether this parameter's gradient goes through a codec, or travels exactly."""
+        """Whether this parameter's gradient goes through a codec after warm-up."""
         return self.codec_of(parameter) is not None
 
     @property
     def coded_names(self) -> dict[str, str]:
-        """The parameters that go through a codec, each with it."""
+        """Parameters that go through a codec: name -> repr of the codec."""
         codecs = {name: self.codec_of(p) for name, p in zip(self.names, self.numbers, strict=False)}
         return {name: repr(codec) for name, codec in codecs.items() if codec is not None}
 
     def number(self, parameter: torch.Tensor) -> int:
-        """The number by which noise is drawn; one that was not named gets the next."""
+        """The layer number of a parameter, which keys its rounding noise; one without a name gets the next number."""
         return self.numbers.setdefault(parameter, len(self.numbers))
 
     def name(self, number: int) -> str:
-        """A name for statistics."""
+        """The name of the parameter with this number; "parameter N" if it has none."""
         return self.names[number] if number < len(self.names) else f"parameter {number}"
 
-    def named(self, name: str) -> int:
-        """The number of a parameter by its name; `name` undone.
+    def number_of(self, name: str) -> int:
+        """Inverse of :meth:`name`: the number of the parameter with this name.
 
         Raises:
             ValueError: there is no such parameter.
@@ -136,16 +141,19 @@ class Layers:
             return self.names.index(name)
         kind, _, number = name.partition(" ")
         if kind != "parameter" or not number.isdecimal():
-            raise ValueError(f"the checkpoint has state of a parameter {name}, which is none of this model's")
+            raise ValueError(f"the checkpoint has state of parameter {name}, but this model has no such parameter")
         return int(number)
 
     def forget_unnamed(self) -> None:
-        """Number the parameters that have no name anew."""
+        """Forget the numbers of parameters without a name; :meth:`number` then gives them new ones."""
         self.numbers = {p: number for p, number in self.numbers.items() if number < len(self.names)}
         self._known.clear()
 
     def groups_of(self, parameters: Sequence[torch.Tensor]) -> list[tuple[Segments, Codec | None]]:
-        """The layers of a bucket that holds these parameters' gradients one after another, by codec."""
+        """The layers of a bucket, grouped by codec; None: averaged without a codec.
+
+        parameters: those whose gradients the bucket holds, in its order and without gaps.
+        """
         groups: dict[Codec | None, list[tuple[int, int, int]]] = {}
         offset = 0
         for parameter in parameters:
@@ -155,7 +163,7 @@ class Layers:
         return [(_segments(rows), codec) for codec, rows in groups.items()]
 
     def of_bucket(self, parameters: Sequence[torch.Tensor]) -> tuple[Segments, Segments]:
-        """The coded and the exact layers of such a bucket, where there is one codec."""
+        """(coded layers, layers without a codec) of such a bucket. Only for rules with a single codec."""
         groups = {codec is None: layers for layers, codec in self.groups_of(parameters)}
         return groups.get(False, Segments(())), groups.get(True, Segments(()))
 
@@ -166,16 +174,17 @@ def _segments(rows: list[tuple[int, int, int]]) -> Segments:
 
 
 def clean(name: str) -> str:
-    """A parameter's name without what FSDP1, torch.compile and checkpointing put into it."""
+    """A parameter's name without the names that FSDP1, torch.compile and activation checkpointing add to it."""
     return _WRAPPERS.sub("", name).rstrip(".")
 
 
 def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> dict[torch.Tensor, str]:
-    """Parameters of embeddings and of the output head, found by structure, each with its group.
+    """Find the parameters of embeddings and of the output head by the model's structure: parameter -> group.
 
-    An embedding is the weight of an `nn.Embedding` or `nn.EmbeddingBag`, tied uses included. The output head is the
-    last linear layer in the order of registration, provided that it is not the only weight matrix; so is, of the layers
-    that widen to one output per row of an embedding, the last (a language model's head, wherever it is registered).
+    "embedding": the weight of an `nn.Embedding` or `nn.EmbeddingBag`, also if it is tied to another layer.
+    "head": the last `nn.Linear` in the order of registration, unless it is the only module with a weight matrix.
+    Also, for each embedding size, the last `nn.Linear` that has as many outputs as the embedding has rows, and fewer
+    inputs than outputs (a language model's head, wherever it is registered).
     """
     found: dict[torch.Tensor, str] = {}
     vocabularies = set()
@@ -197,15 +206,20 @@ def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> di
 
 
 def matching(what: str, patterns: Collection[str], names: Iterable[str]) -> set[str]:
-    """The names of parameters that a shell pattern fits, by their own name or that of a module that holds them.
+    """The names that at least one pattern matches; see :func:`terncomm.codecs.rules.named`.
+
+    Args:
+        what: the option that the error message names.
+        patterns: shell patterns for parameter names or module names.
+        names: of all parameters.
 
     Raises:
-        ValueError: a pattern matches nothing. what: the option that the message names.
+        ValueError: a pattern matches no name.
     """
     names = list(names)
     found: set[str] = set()
     for pattern in patterns:
-        hits = [name for name in names if named(pattern, name)]
+        hits = [name for name in names if matches(pattern, name)]
         if not hits:
             known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
             raise ValueError(f"{what}={pattern!r} matches no parameter that requires a gradient; there are: {known}")
@@ -214,14 +228,14 @@ def matching(what: str, patterns: Collection[str], names: Iterable[str]) -> set[
 
 
 def in_memory_order(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`flat` in the shape of the parameter, elements in the order in which it holds them, as in DDP's buckets."""
+    """View `flat`, (n,), in the shape and memory order of `parameter`, as DDP's buckets store its gradient."""
     if _is_dense(parameter):
         return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())
     return flat.view(parameter.shape)
 
 
 def _is_dense(parameter: torch.Tensor) -> bool:
-    """Whether its elements fill a piece of memory, in whatever order of the dimensions."""
+    """Whether its elements fill one block of memory without gaps, in any order of the dimensions."""
     filled = 1
     for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
         if size > 1:

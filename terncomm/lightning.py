@@ -1,11 +1,11 @@
-"""A Lightning callback: gradients of a `DDPStrategy` travel as codes.
+"""A Lightning callback that compresses the gradients of a `DDPStrategy`.
 
     from terncomm.lightning import CompressGradients
 
     trainer = Trainer(strategy="ddp", devices=4, callbacks=[CompressGradients("terngrad")])
 
-Lightning's own `DDPStrategy(ddp_comm_hook=...)` is ignored on CPU, without a word; this is not. With Fabric, register
-the module that it returns: `terncomm.register(fabric.setup(model, optimizer)[0], "terngrad")`.
+Lightning ignores its own `DDPStrategy(ddp_comm_hook=...)` on CPU, without a warning; this callback works there. With
+Fabric, register the module that it returns: `terncomm.register(fabric.setup(model, optimizer)[0], "terngrad")`.
 """
 
 import logging
@@ -15,14 +15,18 @@ from typing import Any
 
 from terncomm.codecs import Codec
 from terncomm.hooks import register
-from terncomm.hooks.averaging import Averaging
+from terncomm.hooks.reducer import GradientReducer
 from terncomm.watch import Watch
 
 _log = logging.getLogger("terncomm")
 
 
 def _callback() -> Any:
-    """The base class, of `lightning` or of the older `pytorch_lightning`, whichever the program uses."""
+    """The class `Callback` of `lightning` or of the older `pytorch_lightning`, whichever the program uses.
+
+    Raises:
+        ModuleNotFoundError: neither is installed.
+    """
     try:
         if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:
             raise ModuleNotFoundError("lightning")
@@ -41,15 +45,15 @@ class CompressGradients(_callback()):  # type: ignore[misc]
     Args:
         codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
         jsonl, tensorboard, log_every: see :class:`terncomm.Watch`.
-        options: of :func:`terncomm.register`.
+        options: see :func:`terncomm.register`.
 
     Attributes:
         state: what :func:`terncomm.register` returned, once training has started.
 
     Raises:
         ModuleNotFoundError: Lightning is not installed.
-        TypeError: at the start of training, where :func:`terncomm.register` does not take the strategy's model. On one
-            process there is nothing to compress, and nothing is done.
+        TypeError: at the start of training, if :func:`terncomm.register` does not accept the strategy's model. With one
+            process nothing is registered, and nothing is raised.
     """
 
     def __init__(
@@ -66,15 +70,15 @@ class CompressGradients(_callback()):  # type: ignore[misc]
         self._watch: Watch | None = None
         self._saved: dict[str, Any] | None = None
         self._model: Any = None
-        self.state: Averaging | None = None
+        self.state: GradientReducer | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Register; go on where the checkpoint, or the last `fit`, was."""
+        """Register the hook, and continue after the last step of the checkpoint or of the last `fit`."""
         if trainer.world_size == 1:
             _log.info("one process: there is nothing to compress")
             return
         model, before = trainer.strategy.model, self._saved or self.state_dict()
-        if self.state is None or model is not self._model:  # a second fit() has another
+        if self.state is None or model is not self._model:  # a second fit() has another DDP model
             self._model = model
             self.state = register(model, self._codec, **self._options)
         if before:
@@ -83,18 +87,18 @@ class CompressGradients(_callback()):  # type: ignore[misc]
         self._watch = Watch(self.state, **self._watching)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Close what was watched."""
+        """Close the :class:`terncomm.Watch`."""
         if self._watch is not None:
             self._watch.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Close what was watched."""
+        """Close the :class:`terncomm.Watch`."""
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoint."""
+        """For Lightning's checkpoint: that of `state`; before training starts, what was loaded, or {}."""
         return self.state.state_dict() if self.state is not None else self._saved or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From Lightning's checkpoint."""
+        """Keep what was in Lightning's checkpoint until training starts."""
         self._saved = state_dict

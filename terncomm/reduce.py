@@ -1,4 +1,4 @@
-"""Mean of one flat buffer over ranks, through a codec: the path of :mod:`terncomm.path.reduce` over a transport."""
+"""Average one flat buffer over ranks through a codec: runs :mod:`terncomm.path.reduce` over a transport."""
 
 from functools import lru_cache
 
@@ -23,13 +23,13 @@ _FLOATS = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 
 @lru_cache(maxsize=1024)
 def bucket_of(segments: Segments, codec: Codec | None, exact: Segments = _NONE) -> Bucket:
-    """A bucket with layers under one codec, and layers that travel exactly.
+    """A bucket with layers under one codec, and layers that are averaged without a codec.
 
     Raises:
-        ValueError: segments to be coded and no codec; a layer in both.
+        ValueError: `segments` is not empty but `codec` is None; or a layer is in both `segments` and `exact`.
     """
     if codec is None and len(segments):
-        raise ValueError(f"{len(segments)} segments to be coded and no codec; give a codec, or name them in exact=")
+        raise ValueError(f"{len(segments)} segments are given with no codec: give codec=, or pass them as exact=")
     return Bucket([(segments, codec), (exact, None)])
 
 
@@ -45,26 +45,28 @@ def all_reduce_mean(
     clock: Clock | None = None,
     later: list[Unchecked] | None = None,
 ) -> torch.Tensor:
-    """Replace the described elements of `flat` by an estimate of their mean over ranks; the same bits on every rank.
+    """Replace elements of `flat` by an estimate of their mean over ranks; the same bits on every rank.
+
+    Elements outside `segments` and `exact` are not changed.
 
     Args:
-        flat: (n,) contiguous floats of any type, changed in place. Codes are made of the values as float32.
-        segments: the layers that are coded, one scale each or finer, as the codec has it.
-        codec: how; `None` only where `segments` is empty.
-        transport: this rank's; every rank calls with the same arguments but `flat`.
-        key: seed and step of the rounding noise; an int is `Key(seed)`. Use another step, or seed, in every call.
+        flat: (n,), contiguous, of a dtype in DTYPES; changed in place. An integer codec reads it as float32.
+        segments: the layers that go through `codec`. The codec decides whether a layer has one scale or several.
+        codec: the codec; `None` only if `segments` is empty.
+        transport: of this rank. All ranks must pass equal arguments, except `flat` and `transport`.
+        key: seed and step of the rounding noise; an int is `Key(seed)`. Use a new step, or seed, in every call.
         exchange: "auto", "gather" or "two_phase"; all give the same bits.
         exact: layers that are averaged without a codec.
-        clock: adds up the time of the phases (on CUDA, of enqueueing them).
-        later: for CUDA, where checking the other ranks' headers at once would stall the device; see
-            :func:`terncomm.path.reduce.agree`.
+        clock: adds up the seconds of each phase (on CUDA: of launching its kernels).
+        later: for CUDA: a list that receives the headers to be checked later, so that the host does not wait for the
+            device; see :func:`terncomm.path.reduce.agree`.
 
     Returns:
         flat.
 
     Raises:
-        ValueError: the segments do not fit the buffer, or an unknown exchange.
-        TypeError: `flat` is not of one of DTYPES, or the codec is none.
+        ValueError: the segments overlap or do not fit the buffer, they have no codec, or the exchange is unknown.
+        TypeError: `flat` has a dtype that is not in DTYPES, or `codec` is not a codec.
         RanksDiffer: ranks called with different arguments.
 
     >>> from terncomm import Ternary
@@ -79,7 +81,7 @@ def all_reduce_mean(
     account = Account(clock)
     ctx = Context(key, transport.rank, transport.world_size, account)
     bucket = bucket_of(segments, codec, exact)
-    steps = path.all_reduce_mean(flat, bucket, ctx, exchange=exchange, later=later)
+    steps = path.all_reduce_mean(flat, bucket, ctx, exchange=exchange, unchecked=later)
     blocking(steps, transport, account.clock, key.bucket)
     return flat
 
@@ -93,9 +95,9 @@ def messages(
     exact: Segments = _NONE,
     itemsize: int = 4,
 ) -> list[Call]:
-    """The transport's calls that :func:`all_reduce_mean` makes for such a bucket, in order, without making them.
+    """The collective calls that :func:`all_reduce_mean` would make, in order. Nothing is sent; for planning.
 
-    segments, codec, exchange, exact: as there. itemsize: bytes of an element of the buffer. For planning.
+    segments, codec, exchange, exact: as there. itemsize: bytes of an element of the buffer: 2, 4 or 8.
 
     >>> from terncomm import Ternary
     >>> [call.nbytes for call in messages(Segments([1000]), Ternary(), 2)]
@@ -105,7 +107,7 @@ def messages(
 
 
 def messages_of(bucket: Bucket, world_size: int, *, exchange: str = "auto", itemsize: int = 4) -> list[Call]:
-    """The same for a bucket with any groups of layers."""
+    """As :func:`messages`, for a bucket with any groups of layers."""
     flat = torch.empty(bucket.extent, dtype=_FLOATS[itemsize], device="meta")
     ctx = Context(Key(0), 0, world_size)
     return counted(path.all_reduce_mean(flat, bucket, ctx, exchange=exchange), world_size)

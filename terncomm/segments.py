@@ -1,8 +1,8 @@
-"""Which slice of a flat buffer is which layer, block or row.
+"""Segments: where the layers of a flat gradient buffer, or parts of them, lie.
 
-A buffer of gradients is flat; quantization is not. `Segments` says where each layer lies in the buffer, and carries
-two facts along every cut: the `layer` a piece belongs to and its `base`, the place of its first element inside that
-layer. Rounding noise is keyed by those two, so it does not change with how a buffer is cut.
+A segment knows its offset in the buffer and two more numbers: its `layer`, and its `base`, which is the index of its
+first element inside that layer. Rounding noise is keyed by layer and index inside the layer. So it does not depend on
+how a buffer is cut.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,30 +15,31 @@ MAX_LAYER_NUMEL = 2**32
 
 
 class Columns(NamedTuple):
-    """The numbers of segments as tensors on one device, all int64; see the properties of :class:`Segments`."""
+    """The columns of :class:`Segments` as int64 tensors on one device; see its properties."""
 
     offsets: torch.Tensor  # (L,)
-    starts: torch.Tensor  # (L + 1,): where each piece begins in dense order, and where the last one ends
+    starts: torch.Tensor  # (L + 1,): dense index where each segment begins, and where the last one ends
     bases: torch.Tensor  # (L,)
     lengths: torch.Tensor  # (L,)
     layers: torch.Tensor  # (L,)
 
 
 class Segments:
-    """Consecutive pieces of a flat buffer, each with one scale.
+    """L segments of a flat buffer, in ascending order; each has one scale.
 
-    The pieces need not touch (`offsets`): elements between them are left alone. Codes are kept *dense*, in the order
-    of the pieces without the gaps.
+    There may be gaps between segments; elements in the gaps are not changed. *Dense* order is the order of the
+    elements without the gaps: a dense index counts only elements of segments. Codes are stored in dense order.
 
     Args:
-        sizes: number of elements of each of the L pieces; zero is allowed.
-        offsets: where each begins in the flat buffer; by default they follow one another from 0.
-        layers: the layer each belongs to, a number that names the same parameter in every step; by default 0..L-1.
-        bases: the index, inside its layer, of each piece's first element; by default 0.
+        sizes: number of elements of each segment; zero is allowed.
+        offsets: where each segment begins in the flat buffer; by default they follow one another from 0.
+        layers: the layer number of each segment; it must mean the same parameter in every step. By default 0..L-1.
+        bases: the index, inside its layer, of each segment's first element; by default 0.
 
     Raises:
         TypeError: a size is not an int.
-        ValueError: lengths differ, a number is negative, pieces overlap, or a layer is longer than 2**32 elements.
+        ValueError: the arguments differ in length, a number is negative, segments overlap or are out of order, or a
+            layer has more than 2**32 elements.
 
     >>> layers = Segments([3, 5])
     >>> layers.numel, layers.blocks(2).sizes
@@ -65,11 +66,13 @@ class Segments:
         ]
         for name, column in zip(("offsets", "sizes", "layers", "bases"), columns, strict=True):
             if column.shape != size.shape:
-                raise ValueError(f"{name} has {column.numel()} entries, sizes has {size.numel()}; wanted as many")
+                raise ValueError(f"{name} has {column.numel()} entries, but sizes has {size.numel()}; give one each")
             if (column < 0).any():
                 raise ValueError(f"{name} must not be negative, got {column.tolist()}")
         if (columns[0][:-1] + size[:-1] > columns[0][1:]).any():
-            raise ValueError(f"pieces overlap or are out of order: offsets {columns[0].tolist()}, sizes {list(sizes)}")
+            raise ValueError(
+                f"segments overlap or are out of order: offsets {columns[0].tolist()}, sizes {list(sizes)}"
+            )
         if (columns[3] + size > MAX_LAYER_NUMEL).any():
             raise ValueError(f"a layer may have at most 2**32 elements, got {int((columns[3] + size).max())}")
         self._set(torch.stack(columns))
@@ -86,14 +89,14 @@ class Segments:
 
     @classmethod
     def of_table(cls, table: torch.Tensor) -> "Segments":
-        """From offsets, sizes, layers and bases, (4, L) int64, that are known to be right."""
+        """Segments from a table of offsets, sizes, layers and bases, (4, L) int64. The table is not checked."""
         made = cls.__new__(cls)
         made._set(table)
         return made
 
     @property
     def offsets(self) -> torch.Tensor:
-        """(L,) int64: where each piece begins in the flat buffer."""
+        """(L,) int64: where each segment begins in the flat buffer."""
         return self.table[0]
 
     @property
@@ -103,16 +106,16 @@ class Segments:
 
     @property
     def layers(self) -> torch.Tensor:
-        """(L,) int64: the layer each piece belongs to."""
+        """(L,) int64: the layer number of each segment."""
         return self.table[2]
 
     @property
     def bases(self) -> torch.Tensor:
-        """(L,) int64: the index inside its layer of each piece's first element."""
+        """(L,) int64: the index, inside its layer, of each segment's first element."""
         return self.table[3]
 
     def on(self, device: torch.device) -> Columns:
-        """The columns on `device`: copied there once, and kept."""
+        """The columns on `device`. They are copied once and cached."""
         if device not in self._on:
             columns = self.offsets, self.starts, self.bases, self.lengths, self.layers
             self._on[device] = Columns(*(column.to(device) for column in columns))
@@ -120,21 +123,21 @@ class Segments:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Number of elements of each piece."""
+        """Number of elements of each segment."""
         return tuple(self.table[1].tolist())
 
     @cached_property
     def extent(self) -> int:
-        """Where the last piece ends: the least length of a flat buffer that these segments describe."""
+        """Where the last segment ends: the smallest number of elements that a flat buffer must have."""
         return int((self.table[0] + self.table[1]).max()) if len(self) else 0
 
     @property
     def contiguous(self) -> bool:
-        """Whether the pieces follow one another with no gap from the first on."""
+        """Whether there is no gap between segments. The first one may begin anywhere."""
         return len(self) == 0 or self.extent - int(self.table[0, 0]) == self.numel
 
     def blocks(self, block: int | None) -> "Segments":
-        """Every piece cut into blocks of `block` elements, the last one of each ragged; `None` leaves them whole."""
+        """Cut every segment into blocks of `block` elements; its last block may be shorter. `None`: no cut."""
         if block is None:
             return self
         if block not in self._blocks:
@@ -154,7 +157,7 @@ class Segments:
         return self._blocks[block]
 
     def window(self, begin: int, end: int) -> "Segments":
-        """The pieces of dense elements [begin, end), with offsets counted from `begin` in dense order."""
+        """The segments of dense elements [begin, end), without gaps: offsets are dense indices minus `begin`."""
         if (begin, end) not in self._windows:
             low = self.starts[:-1].clamp(begin, end)
             high = self.starts[1:].clamp(begin, end)
@@ -166,7 +169,7 @@ class Segments:
         return self._windows[begin, end]
 
     def clipped(self, begin: int, end: int) -> "Segments":
-        """What lies in elements [begin, end) of the flat buffer, with offsets counted from `begin`."""
+        """The segments, or parts of them, in elements [begin, end) of the flat buffer; offsets count from `begin`."""
         low = self.offsets.clamp(begin, end)
         high = (self.offsets + self.lengths).clamp(begin, end)
         keep = high > low
@@ -177,9 +180,10 @@ class Segments:
     def elements(
         self, begin: int, end: int, device: torch.device | str = "cpu"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each dense element of [begin, end): its piece, its place in the buffer, its index inside the layer.
+        """Segment number, buffer index and index inside the layer of each dense element in [begin, end).
 
-        Three tensors (end - begin,) int64 on `device`.
+        Returns:
+            Three tensors (end - begin,) int64 on `device`.
 
         >>> piece, place, inside = Segments([2, 3], offsets=[0, 10]).elements(1, 4)
         >>> piece.tolist(), place.tolist(), inside.tolist()
@@ -192,14 +196,14 @@ class Segments:
         return piece, columns.offsets[piece] + inside, columns.bases[piece] + inside
 
     def take(self, flat: torch.Tensor) -> torch.Tensor:
-        """The described elements of `flat`, dense (numel,): a view where they are contiguous, else a copy."""
+        """The elements of all segments of `flat`, (numel,) in dense order: a view if contiguous, else a copy."""
         if self.contiguous:
             first = int(self.table[0, 0]) if len(self) else 0
             return flat[first : first + self.numel]
         return torch.cat([flat[o : o + n] for o, n in zip(self.offsets.tolist(), self.sizes, strict=True)])
 
     def spans(self, begin: int, end: int) -> list[tuple[int, int, int]]:
-        """Dense elements [begin, end) as runs without a gap: (place after `begin`, place in the buffer, length)."""
+        """Dense elements [begin, end) as runs without gaps: (dense index - begin, buffer index, length) of each."""
         if (begin, end) not in self._spans:
             self._spans[begin, end] = list(self._runs(begin, end))
         return self._spans[begin, end]
@@ -220,14 +224,14 @@ class Segments:
             yield at, offset, length
 
     def put(self, dense: torch.Tensor, flat: torch.Tensor) -> None:
-        """Write dense (numel,) back to its places in `flat`."""
+        """Inverse of `take`: write `dense`, (numel,), to the segments of `flat`."""
         if self.contiguous and dense.data_ptr() == flat[int(self.table[0, 0]) if len(self) else 0 :].data_ptr():
-            return  # what `take` gave is a view
+            return  # `dense` is the view that `take` returned
         for offset, piece in zip(self.offsets.tolist(), torch.split(dense, list(self.sizes)), strict=True):
             flat[offset : offset + piece.numel()] = piece
 
     def check(self, flat: torch.Tensor) -> None:
-        """Raise a ValueError unless `flat` is a one-dimensional contiguous buffer that holds every piece."""
+        """Raise a ValueError unless `flat` is contiguous, has one dimension and contains every segment."""
         if flat.dim() != 1 or not flat.is_contiguous():
             raise ValueError(f"wanted a contiguous one-dimensional buffer, got shape {tuple(flat.shape)}")
         if flat.numel() < self.extent:
@@ -244,5 +248,5 @@ class Segments:
 
     def __repr__(self) -> str:
         if len(self) > 8:
-            return f"<Segments: {len(self)} pieces, {self.numel} elements>"
+            return f"<Segments: {len(self)} segments, {self.numel} elements>"
         return f"Segments({list(self.sizes)}, offsets={self.offsets.tolist()}, layers={self.layers.tolist()})"

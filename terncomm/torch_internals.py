@@ -1,9 +1,9 @@
-"""Private attributes of torch that terncomm needs: all of them are read here, and nowhere else in terncomm.
+"""Private attributes of torch that terncomm needs. No other module of terncomm reads private attributes of torch.
 
 Torch may rename or remove such an attribute in any release. Then a function of this module raises
-:class:`IncompatibleTorch`, which names the attribute. Each function says in which versions of torch its attributes
-were seen. 2.13 runs the tests; in 2.6, 2.8, 2.9 and 2.12 the attributes were found in the source, or, where a class is
-written in C++, their names in the compiled library. The compiled library does not tell which class a name belongs to.
+:class:`IncompatibleTorch`, which names the attribute. Each docstring says in which versions of torch the attributes
+exist. The tests run with 2.13. For 2.6, 2.8, 2.9 and 2.12 the attributes were looked up in the source. For classes
+written in C++ only their names were looked up, in the compiled library, which does not tell the class of a name.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-# Modules that wrap another one, and so stand in the names of its parameters: torch.compile, FSDP1 and activation
-# checkpointing. Seen in 2.6 to 2.13.
+# Attributes in which a wrapper module holds the wrapped one: torch.compile, FSDP1 and activation checkpointing. They
+# appear in the names of parameters. Present in 2.6 to 2.13.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _SEEN = "2.6 to 2.13"
@@ -25,7 +25,7 @@ _SEEN = "2.6 to 2.13"
 class IncompatibleTorch(Exception):
     """This version of torch lacks a private attribute that terncomm needs.
 
-    Not a `RuntimeError`: those that torch raises while ranks communicate are taken for the loss of a rank.
+    Not a `RuntimeError`: terncomm treats a `RuntimeError` of torch during communication as the failure of a rank.
     """
 
 
@@ -37,7 +37,7 @@ def _missing(attribute: str, purpose: str, seen: str) -> IncompatibleTorch:
 
 
 def _read(owner: Any, kind: str, name: str, purpose: str, seen: str = _SEEN) -> Any:
-    """The attribute `name` of an object of class `kind`."""
+    """The attribute `name` of `owner`, an object of class `kind`; `purpose` and `seen` are for the error message."""
     try:
         return getattr(owner, name)
     except AttributeError:
@@ -45,7 +45,7 @@ def _read(owner: Any, kind: str, name: str, purpose: str, seen: str = _SEEN) -> 
 
 
 def _write(owner: Any, kind: str, name: str, value: Any, purpose: str, seen: str = _SEEN) -> None:
-    """Replace an attribute; one that torch does not have is not made, for torch would not read it."""
+    """Set an attribute that exists. A missing one raises: torch would not read a new attribute."""
     _read(owner, kind, name, purpose, seen)
     setattr(owner, name, value)
 
@@ -54,10 +54,10 @@ def _write(owner: Any, kind: str, name: str, value: Any, purpose: str, seen: str
 
 
 def default_group() -> dist.ProcessGroup:
-    """The default process group, by public means.
+    """The default process group, through the public API.
 
     Raises:
-        ValueError: there is none yet.
+        ValueError: `init_process_group` has not been called.
     """
     group = dist.group.WORLD
     if group is None:
@@ -66,7 +66,7 @@ def default_group() -> dist.ProcessGroup:
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
-    """The store in which the ranks of a group met: `distributed_c10d._get_process_group_store`, 2.6 to 2.13."""
+    """The rendezvous store of a group: `distributed_c10d._get_process_group_store`, 2.6 to 2.13."""
     module = dist.distributed_c10d
     find = _read(module, "distributed_c10d", "_get_process_group_store", "to connect ranks")
     return cast(Store, find(group))
@@ -78,24 +78,28 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
 
 
 def all_gather_flat(backend: Any, received: torch.Tensor, mine: torch.Tensor) -> Any:
-    """Begin an all-gather into one tensor; returns what to wait for: `Backend._allgather_base`, 2.6 to 2.13."""
+    """Start an all-gather of `mine`, (k,), into `received`, (W * k,): `Backend._allgather_base`, 2.6 to 2.13.
+
+    Returns:
+        The work object to wait for.
+    """
     return _read(backend, "Backend", "_allgather_base", "to send messages")(received, mine)
 
 
 def timeout_of(backend: Any) -> timedelta:
-    """How long calls of a backend wait: `Options._timeout`, 2.6 to 2.13; torch's default for a backend without it.
+    """The timeout of a backend's calls: `Options._timeout`, 2.6 to 2.13; torch's default for a backend without it.
 
     Raises:
-        IncompatibleTorch: a backend of torch has options, and no timeout among them.
+        IncompatibleTorch: the options of a gloo or NCCL backend have no `_timeout`.
     """
     options = getattr(backend, "options", None)
     if options is not None and backend.name() in ("gloo", "nccl"):
-        _read(options, type(options).__qualname__, "_timeout", "to notice ranks that do not come")
+        _read(options, type(options).__qualname__, "_timeout", "to detect ranks that do not arrive")
     return getattr(options, "_timeout", None) or dist.default_pg_timeout
 
 
 def gloo_options_like(backend: Any, timeout: timedelta) -> Any:
-    """Options for a gloo backend on the network interfaces of another, with as many threads.
+    """Options for a new gloo backend: network interfaces and number of threads of `backend`, and another timeout.
 
     `ProcessGroupGloo._Options`, with `_devices`, `_threads` and `_timeout`: 2.6 to 2.13.
     """
@@ -110,7 +114,7 @@ def gloo_options_like(backend: Any, timeout: timedelta) -> Any:
 
 def gloo_device_count(backend: Any) -> int:
     """The number of network interfaces of a gloo backend: `ProcessGroupGloo._Options._devices`, 2.6 to 2.13."""
-    purpose = "to end connections over gloo"
+    purpose = "to close connections over gloo"
     options = _read(backend, "ProcessGroupGloo", "options", purpose)
     return len(_read(options, "ProcessGroupGloo._Options", "_devices", purpose))
 
@@ -132,17 +136,18 @@ def comm_hook_of(ddp: nn.parallel.DistributedDataParallel) -> Any:
 
 
 def uses_python_reducer(ddp: nn.parallel.DistributedDataParallel) -> bool:
-    """Whether torch.compile has taken over from DDP's buckets: `_use_python_reducer`, 2.6 to 2.13.
+    """Whether torch.compile reduces the gradients instead of DDP's buckets: `_use_python_reducer`, 2.6 to 2.13.
 
-    Where torch has no such attribute it has no such reducer.
+    A torch without this attribute has no such reducer.
     """
     return bool(getattr(ddp, "_use_python_reducer", False))
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module inside one of torch.compile (`_orig_mod`, 2.6 to 2.13) or Lightning Fabric (`_forward_module`).
+    """The module inside a wrapper of torch.compile (`_orig_mod`, 2.6 to 2.13) or Lightning Fabric (`_forward_module`).
 
-    Not by `getattr`, for other wrappers hand it on to the module inside them: `Module._modules`, 2.6 to 2.13.
+    None if `module` is no such wrapper. `getattr` would not do: other wrappers forward it to the module inside them. So
+    this reads `Module._modules`, 2.6 to 2.13.
     """
     children = _read(module, "Module", "_modules", "to find the model inside a wrapper")
     for name in ("_orig_mod", "_forward_module"):
@@ -152,14 +157,18 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def first_bucket_bytes() -> int:
-    """The size of DDP's first bucket by default: `torch.distributed._DEFAULT_FIRST_BUCKET_BYTES`, 2.6 to 2.13."""
+    """Default size of DDP's first bucket in bytes: `torch.distributed._DEFAULT_FIRST_BUCKET_BYTES`, 2.6 to 2.13."""
     return int(_read(dist, "torch.distributed", "_DEFAULT_FIRST_BUCKET_BYTES", "to predict DDP's buckets"))
 
 
 def bucket_assignment(tensors: Sequence[torch.Tensor], limits: Sequence[int]) -> list[list[int]]:
-    """Places in the list of the tensors that DDP reduces together; the last limit, in bytes, is that of all others.
+    """For each DDP bucket, the indices of its tensors in `tensors`.
 
     `torch.distributed._compute_bucket_assignment_by_size`, 2.6 to 2.13.
+
+    Args:
+        tensors: in the order in which DDP fills its buckets.
+        limits: size limits in bytes, of the first bucket, the second, and so on; the last one holds for all others.
     """
     name = "_compute_bucket_assignment_by_size"
     assign = _read(dist, "torch.distributed", name, "to predict DDP's buckets")
@@ -171,11 +180,14 @@ def bucket_assignment(tensors: Sequence[torch.Tensor], limits: Sequence[int]) ->
 
 
 class FSDP2Group(NamedTuple):
-    """Parameters that one module of `fully_shard` reduces together.
+    """The parameters of one `fully_shard` module that FSDP reduces together.
 
-    params: FSDP's own objects, for :func:`fsdp2_parameter` and the functions after it.
-    shards: the ranks that hold the shards of a parameter, or None if it is only replicated.
-    replicas: the ranks that hold the same shard, or None if there is one of each.
+    params: FSDP's own objects. Give them to :func:`fsdp2_parameter`, :func:`fsdp2_dimension` and :func:`fsdp2_shape`.
+    device: on which FSDP reduces.
+    shards: the process group over which a parameter is sharded, or None if it is only replicated.
+    replicas: the process group of the ranks that hold the same shard, or None if each shard exists once.
+    reduce_scatter: FSDP's object for the reduce-scatter, which `set_custom_reduce_scatter` replaces.
+    all_reduce_hook: the hook of `set_all_reduce_hook`, or None.
     """
 
     params: list[Any]
@@ -187,7 +199,7 @@ class FSDP2Group(NamedTuple):
 
 
 def fsdp2_groups(module: nn.Module) -> list[FSDP2Group]:
-    """The groups of a module of `fully_shard`; none if it has no parameters of its own.
+    """The groups of a `fully_shard` module; an empty list if it has no parameters of its own.
 
     `FSDPModule._get_fsdp_state` and the attributes of `FSDPParamGroup` and its mesh: 2.9 to 2.13. Earlier versions
     have no `set_custom_reduce_scatter`. A module has one group, `FSDPState._fsdp_param_group`, in 2.6 to 2.9, and
@@ -216,7 +228,7 @@ def _fsdp2_group(group: Any) -> FSDP2Group:
 
 
 def fsdp2_parameter(param: Any) -> nn.Parameter:
-    """The parameter as the optimizer has it; torch may replace it: `FSDPParam.sharded_param`, 2.6 to 2.13."""
+    """The parameter that the optimizer holds: `FSDPParam.sharded_param`, 2.6 to 2.13. Torch may replace it later."""
     return cast(nn.Parameter, _read(param, "FSDPParam", "sharded_param", _FSDP2))
 
 
@@ -234,7 +246,10 @@ def fsdp2_shape(param: Any) -> torch.Size:
 
 
 class Member(NamedTuple):
-    """A parameter inside a flat parameter: attribute `name` of `module`; `numel` elements from `offset` on."""
+    """A parameter inside a flat parameter: attribute `name` of `module`.
+
+    It is the elements [offset, offset + numel) of the whole flat parameter.
+    """
 
     module: nn.Module
     name: str
@@ -253,7 +268,7 @@ class Alias(NamedTuple):
 
 
 class FlatParameter(NamedTuple):
-    """The flat parameter of an FSDP1 unit, and the parameters in it, in their order."""
+    """The flat parameter of an FSDP1 unit, and the parameters in it, in the order of their offsets."""
 
     flat: nn.Parameter
     members: list[Member]
@@ -293,7 +308,7 @@ def flat_parameter(unit: Any) -> FlatParameter | None:
 def fsdp1_requires_grad(parameter: FlatParameter) -> list[bool]:
     """Whether each member requires a gradient now: `FlatParameter._params`, 2.6 to 2.13.
 
-    With `use_orig_params=False` that is None, and all members are as the flat parameter is.
+    With `use_orig_params=False` this attribute is None; then the flag of the flat parameter holds for all members.
     """
     params = _read(parameter.flat, "FlatParameter", "_params", _FSDP1)
     return [each.requires_grad for each in params or [parameter.flat] * len(parameter.members)]
@@ -313,7 +328,10 @@ def set_fsdp1_hook_state(unit: Any, state: Any) -> None:
 
 
 def is_hybrid(strategy: Any) -> bool:
-    """Whether FSDP1 shards inside nodes and replicates between them: `_HYBRID_SHARD_ZERO2`, 2.6 to 2.13."""
+    """Whether a strategy of FSDP1 shards inside nodes and replicates between them.
+
+    `ShardingStrategy._HYBRID_SHARD_ZERO2`, 2.6 to 2.13.
+    """
     name = "_HYBRID_SHARD_ZERO2"
     return strategy in (type(strategy).HYBRID_SHARD, _read(type(strategy), "ShardingStrategy", name, _FSDP1))
 
@@ -322,16 +340,16 @@ def is_hybrid(strategy: Any) -> bool:
 
 
 def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and values of a sparse tensor as it is: `Tensor._indices` and `_values`, 2.6 to 2.13.
+    """Indices and values of a sparse tensor, not coalesced: `Tensor._indices` and `_values`, 2.6 to 2.13.
 
-    The public `indices()` and `values()` refuse a tensor that is not coalesced.
+    The public `indices()` and `values()` raise if the tensor is not coalesced.
     """
     purpose = "for sparse gradients"
     return _read(tensor, "Tensor", "_indices", purpose)(), _read(tensor, "Tensor", "_values", purpose)()
 
 
 def copy_all(into: list[torch.Tensor], source: list[torch.Tensor]) -> None:
-    """Copy each tensor, in few kernels: `torch._foreach_copy_`, 2.6 to 2.13."""
+    """Copy source[i] to into[i] for all i, with few kernels: `torch._foreach_copy_`, 2.6 to 2.13."""
     _read(torch, "torch", "_foreach_copy_", "to copy gradients")(into, source)
 
 

@@ -1,4 +1,4 @@
-"""A callback for the Trainer of Hugging Face transformers: gradients travel as codes.
+"""A callback for the Trainer of Hugging Face transformers that compresses gradients.
 
     from terncomm.transformers import CompressGradients
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from terncomm.codecs import Codec
 from terncomm.hooks import register
-from terncomm.hooks.averaging import Averaging
+from terncomm.hooks.reducer import GradientReducer
 from terncomm.watch import Watch
 
 try:
@@ -29,20 +29,23 @@ _log = logging.getLogger("terncomm")
 
 
 class CompressGradients(TrainerCallback):  # type: ignore[misc]
-    """Registers the hook when training starts. Rounding noise follows the Trainer's step, so resuming needs no more.
+    """Registers the hook when training starts.
+
+    The rounding noise is a function of the Trainer's step, so nothing else is saved for resuming. The state of `stages`
+    is not saved.
 
     Args:
-        trainer: the Trainer that it is added to.
+        trainer: the Trainer to which this callback is added.
         codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
         jsonl, tensorboard, log_every: see :class:`terncomm.Watch`.
-        options: of :func:`terncomm.register`.
+        options: see :func:`terncomm.register`.
 
     Attributes:
         state: what :func:`terncomm.register` returned, once training has started.
 
     Raises:
-        TypeError: at the start of training on several processes, where :func:`terncomm.register` does not take the
-            model. On one process there is nothing to compress, and nothing is done.
+        TypeError: at the start of training, if :func:`terncomm.register` does not accept the Trainer's model. With one
+            process nothing is registered, and nothing is raised.
     """
 
     def __init__(
@@ -59,14 +62,14 @@ class CompressGradients(TrainerCallback):  # type: ignore[misc]
         self._watching = {"jsonl": jsonl, "tensorboard": tensorboard, "log_every": log_every}
         self._watch: Watch | None = None
         self._model: Any = None
-        self.state: Averaging | None = None
+        self.state: GradientReducer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Register; go on at the Trainer's step."""
+        """Register the hook, and continue at the Trainer's step."""
         if args.world_size == 1:
             _log.info("one process: there is nothing to compress")
             return
-        self.on_train_end(args, state, control)  # of a training that broke off
+        self.on_train_end(args, state, control)  # closes the Watch of a training that was interrupted
         if self.state is None or self._model is not self._trainer.model_wrapped:  # train() may be called again
             self._model = self._trainer.model_wrapped
             self.state = register(self._model, self._codec, **self._options)
@@ -74,6 +77,6 @@ class CompressGradients(TrainerCallback):  # type: ignore[misc]
         self._watch = Watch(self.state, **self._watching)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close what was watched."""
+        """Close the :class:`terncomm.Watch`."""
         if self._watch is not None:
             self._watch.close()

@@ -1,4 +1,4 @@
-"""What each step sent and took: as JSON lines, in TensorBoard, in the log."""
+"""Records bytes and seconds of every step: as JSON lines, in TensorBoard, in the log."""
 
 import atexit
 import json
@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from terncomm.hooks.averaging import Averaging
+from terncomm.hooks.reducer import GradientReducer
 
 _log = logging.getLogger("terncomm")
 
@@ -17,34 +17,37 @@ _PHASES = ("encode", "exchange", "decode")
 
 
 class Watch:
-    """Follows a state step by step, until it is closed, or the program ends.
+    """Records the statistics of a state for every step, until :meth:`close` or the end of the program.
 
-    Rank 0 of the job watches alone; on other ranks this does nothing, unless the name of the file holds "{rank}". A
-    step's record is complete, and written, when the next one begins, or on :meth:`close`. Use it as a context manager,
-    too. If it cannot write any more (the disk is full), it says so in the log and stops; training goes on.
+    Only rank 0 of the job records. Other ranks write a file too if its name contains "{rank}". The record of a step is
+    written when the next step begins; the last one is written by :meth:`close`, or when the program ends. A `Watch` is
+    also a context manager. If writing fails (the disk is full), it logs a warning and stops; training goes on.
 
     Args:
         state: what `terncomm.register` returned, a `GradientAverager`, or a `DistributedOptimizer`'s `averager`.
-        jsonl: file to append a line to in each step: step, seconds (since the step before began), raw_bytes,
-            wire_bytes, exact_bytes, coded_numel, exact_numel, encode_s, exchange_s, decode_s, and
-            clip_norm_lost/NAME in the steps in which it was looked at.
-        tensorboard: directory for TensorBoard, or a `SummaryWriter`; the same numbers, as terncomm/NAME.
-        log_every: a line in the log "terncomm", level INFO, once in so many steps; 0 for none.
+        jsonl: file to which one line is appended per step: step, seconds (from the start of this step to the start of
+            the next), and the counters of `state.stats()` for this step: raw_bytes, wire_bytes, exact_bytes,
+            coded_numel, exact_numel, encode_s, exchange_s, decode_s, and so on. clip_norm_lost/NAME is there only in
+            steps that measured it. "{rank}" in the name is replaced by the rank.
+        tensorboard: directory for TensorBoard, or a `SummaryWriter`; gets the same numbers, named terncomm/NAME.
+        log_every: number of steps between lines in the log "terncomm", level INFO, which hold means; 0 for none.
 
     Raises:
+        TypeError: `state` is something else.
+        ValueError: `log_every` is negative.
         ModuleNotFoundError: `tensorboard` is a directory, and tensorboard is not installed.
-        OSError: the file cannot be written to.
+        OSError: the file cannot be opened for writing.
     """
 
     def __init__(
         self,
-        state: Averaging,
+        state: GradientReducer,
         *,
         jsonl: str | Path | None = None,
         tensorboard: Any = None,
         log_every: int = 100,
     ) -> None:
-        if not isinstance(state, Averaging):
+        if not isinstance(state, GradientReducer):
             raise TypeError(f"wanted what terncomm.register returned, or a GradientAverager, got {state!r}")
         if log_every < 0:
             raise ValueError(f"log_every must not be negative, got {log_every}")
@@ -53,7 +56,7 @@ class Watch:
         self._close: list[Callable[[], None]] = []
         self._write: list[Callable[[dict[str, Any]], object]] = []
         self._before: dict[str, int | float] = {}  # statistics when the step began
-        self._kept: dict[str, int | float] = {}  # what was counted in the step before statistics were reset
+        self._kept: dict[str, int | float] = {}  # counts of this step from before a reset of the statistics
         self._step = -1
         self._began = time.perf_counter()
         self._since_log: list[dict[str, Any]] = []
@@ -67,7 +70,7 @@ class Watch:
                 self._write.append(self._to_log)
         if self._write:
             state.statistics.watches.append(self)
-            atexit.register(self.close)  # Ctrl-C, too
+            atexit.register(self.close)  # also runs after Ctrl-C
 
     def _to_file(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,14 +109,14 @@ class Watch:
             record["step"], mean["raw_bytes"] / 1e6, mean["wire_bytes"] / 1e6, 1e3 * mean["seconds"], phases,
         )  # fmt: skip
 
-    def step_begins(self) -> None:
-        """The state's call: the step before is complete."""
+    def on_step(self) -> None:
+        """Write the record of the last step; the state calls this before each step."""
         self._record()
         self._before, self._step, self._began = self._state.stats(), self._state.step + 1, time.perf_counter()
         self._kept = {}
 
-    def statistics_end(self) -> None:
-        """The state's call: its statistics begin at zero again."""
+    def on_reset(self) -> None:
+        """Save the counts of this step; the state calls this before it resets its statistics to zero."""
         for name, value in self._state.stats().items():
             self._kept[name] = self._kept.get(name, 0) + value - self._before.get(name, 0)
         self._before = {}
@@ -126,7 +129,7 @@ class Watch:
         record: dict[str, Any] = {"step": self._step, "seconds": now - self._began}
         for name, value in numbers.items():
             if name.startswith("clip"):
-                if state.clip_watch.looks(self._step):
+                if state.clip_watch.measures_at(self._step):
                     record[name] = value
             elif name != "steps":
                 record[name] = value - self._before.get(name, 0) + self._kept.get(name, 0)
@@ -134,11 +137,13 @@ class Watch:
             for write in self._write:
                 write(record)
         except Exception as error:
-            _log.warning("watching ends with step %d: %s: %s", self._step, type(error).__name__, error)
+            _log.warning(
+                "Watch stops: cannot write the record of step %d: %s: %s", self._step, type(error).__name__, error
+            )
             self._stop()
 
     def close(self) -> None:
-        """Write the last step, and let go of files. A second call does nothing."""
+        """Write the record of the last step and close the files. A second call does nothing."""
         if self not in self._state.statistics.watches:
             return
         try:
@@ -152,7 +157,7 @@ class Watch:
         self._state.statistics.watches.remove(self)
         atexit.unregister(self.close)
         for close in self._close:
-            with suppress(OSError):  # what could not be written has been told
+            with suppress(OSError):  # the failed write is in the log already
                 close()
 
     def __enter__(self) -> "Watch":

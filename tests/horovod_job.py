@@ -110,7 +110,7 @@ def weights_stay_together():
 def passes_add_up():
     model, optimizer = made(backward_passes_per_step=2)
     loss_of(model).backward()
-    assert not optimizer._reducer.under_way
+    assert not optimizer._reducer.has_pending
     loss_of(model).backward()
     optimizer.synchronize()
     assert close(gradients(model), [2 * each for each in mean_of_ranks()])

@@ -143,7 +143,7 @@ def test_codec_names():
     assert (codec_for("bf16"), codec_for("fp16")) == (Half("bf16"), Half("fp16"))
     with pytest.raises(ValueError, match=r"unknown codec 'none' \(for none, register no hook\)"):
         codec_for("none")
-    with pytest.raises(TypeError, match=r"it is to be called, Ternary\(\)"):
+    with pytest.raises(TypeError, match=r"a class; write Ternary\(\)"):
         codec_for(Ternary)
     with pytest.raises(TypeError, match="a name or a terncomm codec, got 8"):
         codec_for(8)

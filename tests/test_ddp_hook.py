@@ -926,7 +926,7 @@ def test_disabled_on_one_rank_only(on_ranks):
     for rank, (kind, text, seconds) in enumerate(on_ranks(3, disable_on_one)):
         assert kind == "RuntimeError"  # DDP makes it one
         assert f"RanksDiffer: ranks are not in step. Rank {rank} (here) and rank {int(rank == 0)} (there)" in text
-        assert "switch it on and off at the same step" in text
+        assert "call enable() and disable() at the same step" in text
         assert seconds < 10
 
 

@@ -149,10 +149,10 @@ def another_bucket_size(how):
 
 
 def another_version():
-    from terncomm.hooks import averaging
+    from terncomm.hooks import reducer
 
     if dist.get_rank() == VICTIM:
-        averaging.__version__ = "0.0.9"
+        reducer.__version__ = "0.0.9"
     terncomm.register(DistributedDataParallel(network()), "int8")
 
 
@@ -329,7 +329,7 @@ def test_another_version_on_one_rank(tmp_path):
 def test_disabled_on_one_rank(tmp_path, codec):
     for end in run_job(3, disabled_on_one, codec, directory=tmp_path, timeout_s=TIMEOUT_S):
         assert end.status == 1
-        assert "switch it on and off at the same step" in end.text
+        assert "call enable() and disable() at the same step" in end.text
         assert end.seconds < 2 * TIMEOUT_S
 
 

@@ -338,7 +338,7 @@ def missing_gradient():
         each.one.forward = lambda x, one=each.one: x + one.up(one.norm(x)).sum()  # without `down`
     backward(plain, 0)
     with (
-        pytest.warns(UserWarning, match="one, whose parameters make .*travel exactly")
+        pytest.warns(UserWarning, match="one, but its parameters need .*not compressed")
         if dist.get_rank() == 0
         else (nullcontext())
     ):

@@ -223,7 +223,7 @@ def test_a_rank_that_calls_otherwise_later_is_told():
     for told in LocalTransport.run(2, reduce_otherwise):
         assert told == (
             "ranks are not in step. Rank 1 begins with new parameters, types or options, and rank 0 reduces "
-            "gradients as before: every rank must give the same in every call."
+            "gradients as before: every rank must pass the same parameters and options in every call."
         )
 
 

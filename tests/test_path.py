@@ -25,7 +25,13 @@ from terncomm.path.header import Header, RanksDiffer
 from terncomm.path.message import Message, Start
 from terncomm.path.parts import Floats, Statistics
 from terncomm.path.pipeline import Pipeline
-from terncomm.path.reduce import agree, all_reduce_mean, all_reduce_mean_between_nodes, joined, reduce_scatter
+from terncomm.path.reduce import (
+    agree,
+    all_gather_number,
+    all_reduce_mean,
+    all_reduce_mean_between_nodes,
+    reduce_scatter,
+)
 from terncomm.path.shards import Shards
 from terncomm.path.sums import row_edges
 from terncomm.segments import Segments
@@ -182,7 +188,7 @@ def test_statistics_are_agreed_on_inline_whole_and_in_rows(world_size):
 
 
 def test_a_rank_that_joins_is_told_that_others_reduce_and_they_are_told_too():
-    assert lockstep([joined(7 + rank, rank, torch.device("cpu")) for rank in range(3)]) == [[7, 8, 9]] * 3
+    assert lockstep([all_gather_number(7 + rank, rank, torch.device("cpu")) for rank in range(3)]) == [[7, 8, 9]] * 3
     told = []
 
     def noting(path):
@@ -193,13 +199,13 @@ def test_a_rank_that_joins_is_told_that_others_reduce_and_they_are_told_too():
             raise
 
     bucket = Bucket([(Segments([100]), Ternary())])
-    paths = [noting(joined(7, 0, torch.device("cpu")))]
+    paths = [noting(all_gather_number(7, 0, torch.device("cpu")))]
     paths += [noting(all_reduce_mean(torch.ones(100), bucket, Context(KEY, rank, 3))) for rank in (1, 2)]
     with pytest.raises(RanksDiffer, match="Rank 0 begins with new parameters, types or options, and rank 1, 2 reduces"):
         lockstep(paths)
     assert len(told) == 1, "lockstep ends with the first error"
     transports = LocalTransport.world(2)
-    mixed = [joined(7, 0, torch.device("cpu")), all_reduce_mean(torch.ones(100), bucket, Context(KEY, 1, 2))]
+    mixed = [all_gather_number(7, 0, torch.device("cpu")), all_reduce_mean(torch.ones(100), bucket, Context(KEY, 1, 2))]
 
     def run(transport):
         with pytest.raises(RanksDiffer, match="Rank 0 begins with new parameters"):

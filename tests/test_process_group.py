@@ -114,7 +114,7 @@ def test_what_is_sent_at_once_is_chosen_alike(on_ranks):
     assert len({chosen for chosen, _ in found}) == 1
     assert 2**13 <= found[0][0] <= 2**18
     assert all(last == [0, 1, 2] for _, last in found)
-    assert chunk_for(2e-4, 12.5e6) == 20_000  # what 100 Mbit/s carry in 1.6 ms
+    assert chunk_for(2e-4, 12.5e6) == 50_000  # what 100 Mbit/s carry in 4 ms
     assert chunk_for(50e-3, 12.5e6) == 156_250  # eight are two latencies
     assert at_once_for(2e-3, 12.5e6) == 25_000  # what 100 Mbit/s carry in 2 ms
     assert (at_once_for(1e-4, 1e6), at_once_for(0.025, 1e9)) == (2**13, 2**18)

@@ -174,7 +174,7 @@ def test_many_scales_are_shared_in_two_phases():
         ({"key": Key(0, bucket=2)}, "bucket 0 here, 2 there"),
         ({"codec": Ternary(clip=2.0)}, "another codec, exchange or dtype."),
         ({"flat": torch.ones(101)}, "a bucket of 100 elements here, of 101 there"),
-        ({"segments": Segments([61, 39])}, "other layers, or other layers coded"),
+        ({"segments": Segments([61, 39])}, "different layers, or a different choice of coded layers"),
         ({"segments": Segments([60, 39])}, "coded elements 100 here, 99 there"),
         ({"exchange": "gather"}, "another codec, exchange or dtype."),
     ],

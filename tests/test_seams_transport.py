@@ -108,10 +108,10 @@ def test_what_cannot_be_is_refused(on_ranks):
     for texts in (first, second):
         assert texts[0] == "TypeError: transport: wanted rank, world_size, all_gather and all_to_all, 'tcp' lacks rank"
         assert "ConfigurationsDiffer: ranks are configured differently. seed: 0 on rank 0; 1 on rank 1" in texts[1]
-        assert texts[3].startswith("TypeError: transport= is for DistributedDataParallel alone: intra_group=")
+        assert texts[3].startswith("TypeError: transport= is for DistributedDataParallel only; with intra_group=")
     assert "rank 1 refused its options: min_numel must not be negative" in first[2]
     assert second[2] == "ValueError: min_numel must not be negative, got -1"
-    assert first[4] == "ValueError: transport: rank 1 of 2, in the model's process group 0 of 2"
+    assert first[4] == "ValueError: transport: wanted rank 0 of 2, as in the model's process group, got rank 1 of 2"
 
 
 def failing():

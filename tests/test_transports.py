@@ -54,7 +54,7 @@ def test_threads_have_blocking_calls_alone():
     assert not overlaps(transport)
     assert not overlaps(Metered(transport))
     assert Metered(transport).in_flight == 1
-    with pytest.raises(TypeError, match="LocalTransport has blocking calls alone"):
+    with pytest.raises(TypeError, match="LocalTransport has only blocking calls"):
         Metered(transport).begin("all_gather", octets(0, 3))
 
 

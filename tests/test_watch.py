@@ -97,8 +97,9 @@ def test_a_full_disk_ends_watching_and_not_training(caplog):
         return averager.stats()["steps"]
 
     assert LocalTransport.run(2, work) == [5, 5]
-    assert [each for each in caplog.messages if "watching ends" in each] == [
-        f"watching ends with step {step}: OSError: [Errno 28] No space left on device" for step in (0, 4)
+    assert [each for each in caplog.messages if "Watch stops" in each] == [
+        f"Watch stops: cannot write the record of step {step}: OSError: [Errno 28] No space left on device"
+        for step in (0, 4)
     ]
 
 
@@ -116,7 +117,7 @@ def test_a_watch_takes_no_error_away():
         averager, parameter = averagers(transport)
         with contextlib.suppress(RanksDiffer), terncomm.Watch(averager, log_every=1):
             train(averager, parameter, 1)
-            averager._later.append(Late())
+            averager._unchecked.append(Late())
             for _ in range(2):
                 with pytest.raises(RanksDiffer, match="not in step"):
                     averager.stats()

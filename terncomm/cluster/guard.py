@@ -1,8 +1,8 @@
-"""Ends what its parent started and has not ended, once the parent is gone: also where that was killed.
+"""Kills the processes and removes the folders of its parent when the parent ends, even if the parent is killed.
 
-Run as a program of its own, from this file. Lines on standard input say what there is: `group ID` for a process group,
-`ended ID` for one that needs no end any more, `folder PATH` for a folder. When the input closes, every group that has
-not ended is killed and every folder removed.
+This file runs as a separate program. It reads lines from standard input: `group ID` adds a process group, `ended ID`
+removes one from the list, `folder PATH` adds a folder. When the input closes, it sends SIGKILL to every group on the
+list and removes every folder.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import sys
 
 
 class Guard:
-    """The parent's end of it; a context that leaves nothing of what it was told."""
+    """Starts the guard program and reports to it. On exit of the context, the guard cleans up and ends."""
 
     def __enter__(self) -> "Guard":
         command = [sys.executable, "-I", "-S", __file__]
@@ -22,7 +22,11 @@ class Guard:
         return self
 
     def add(self, what: str, name: str | int) -> None:
-        """Tell of a "group", of one that has "ended", or of a "folder"."""
+        """Report one thing to the guard.
+
+        what: "group" (a process group to kill), "ended" (a process group that has ended) or "folder" (one to remove).
+        name: the ID of the process group, or the path of the folder.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(f"{what} {name}\n".encode())
         self._process.stdin.flush()
@@ -34,7 +38,7 @@ class Guard:
 
 
 def main() -> None:
-    """Read until the end of the input, then clean up."""
+    """Read standard input to its end, then kill the groups and remove the folders."""
     groups, folders = set(), set()
     for line in sys.stdin:
         what, name = line.rstrip("\n").split(" ", 1)

@@ -1,8 +1,8 @@
-"""Codecs: gradients to something smaller that adds over ranks, and back."""
+"""Codecs compress gradients to a form that can be added over ranks, and decode the sums."""
 
 from terncomm.codecs.base import Codec, Half, IntegerCodec
+from terncomm.codecs.by_name import codec_for
 from terncomm.codecs.int8 import Int8
-from terncomm.codecs.named import codec_for
 from terncomm.codecs.rules import CodecLike, Rules
 from terncomm.codecs.ternary import Ternary
 

@@ -1,16 +1,20 @@
-"""What a codec is, and the laws it keeps.
+"""Base classes of codecs, and the laws of integer codecs.
 
-A codec turns gradients into something smaller, and sums of that over ranks back into gradients. It is a frozen
-dataclass whose fields are its whole configuration: it does not communicate, keeps no state, draws from no generator and
-reads no environment. There are two kinds:
+A codec compresses gradients, and decodes sums of compressed gradients over ranks. It is a frozen dataclass whose fields
+are its whole configuration. It does not communicate, keeps no state, and uses no random generator and no environment
+variable. There are two kinds:
 
-* :class:`IntegerCodec`: small integers under statistics that all ranks share. They add exactly, and decoding is linear.
+* :class:`IntegerCodec`: small integers, scaled by statistics that all ranks share. They add exactly, and decoding is
+  linear.
 * :class:`Half`: floats of 16 bits, added in rank order.
 
-Laws of integer codecs (checked by `tests/laws.py` over every codec): codes lie within the alphabet; the same input and
-key give the same codes; decoding is linear in the codes; inside the clip limit E[decode(encode(g))] = g; the error is
-at most one step (shared scale / levels); a zero layer decodes to zeros; a layer that is not zero has a limit that is
-not zero; a non-finite element makes its layer, and no other, non-finite on every rank.
+Laws of integer codecs (`tests/laws.py` checks them for every codec):
+
+* Codes lie in the alphabet. The same input and key give the same codes.
+* Decoding is linear in the codes.
+* Inside the clip limit E[decode(encode(g))] = g. The error is at most one step, which is shared scale / levels.
+* A zero layer decodes to zeros. A layer that is not zero has a limit that is not zero.
+* A non-finite element makes its segment (a layer, or a block of it) non-finite on every rank, and no other layer.
 """
 
 from abc import ABC, abstractmethod
@@ -29,26 +33,26 @@ Local = NewType("Local", torch.Tensor)
 """Statistics that this rank measured, (..., L) float32."""
 
 Agreed = NewType("Agreed", torch.Tensor)
-"""Statistics that all ranks agreed on, (..., L) float32: the same bits everywhere. Decoding takes no other."""
+"""Statistics that all ranks agreed on, (..., L) float32: the same bits on every rank. Decoding uses only these."""
 
 
 class Codec(ABC):
-    """How gradients travel."""
+    """Base class of codecs: how gradients are compressed."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What its bytes are counted as."""
+        """A short name, under which its bytes are counted."""
 
     def norm_lost(self, flat: torch.Tensor, layers: Segments) -> torch.Tensor | None:
-        """(L,) the share of each layer's norm that clipping takes, 1 - |clipped| / |g|; `None` if nothing clips."""
+        """(L,) float64: share of each layer's norm lost by clipping, 1 - |clipped| / |g|; `None`: no clipping."""
         return None
 
     def compress(self, *_: object) -> NoReturn:
-        """Not one of Horovod's compressions: raises TypeError with the reason."""
+        """Always raise a TypeError, because a codec cannot be one of Horovod's compressions."""
         raise TypeError(
-            f"{self!r} cannot be one of Horovod's compressions: its codes belong to a scale that ranks share, and sums "
-            "of them overflow a byte. Use terncomm.horovod.DistributedOptimizer(optimizer, model, codec)"
+            f"{self!r} cannot be one of Horovod's compressions: its codes need a scale that all ranks share, and their "
+            "sums overflow a byte. Use terncomm.horovod.DistributedOptimizer(optimizer, model, codec)"
         )
 
 
@@ -56,21 +60,22 @@ class Codec(ABC):
 class Half(Codec):
     """Gradients rounded to floats of 16 bits, added in rank order in float32, and rounded again: "bf16" and "fp16".
 
-    The same bits on every rank and in every engine. PyTorch's own hooks for these types add in 16 bits.
+    The result has the same bits on every rank, with DDP, FSDP or a training loop. PyTorch's own hooks for these types
+    add in 16 bits.
 
     Args:
         bits: "bf16" (8 significant bits, the range of float32) or "fp16" (11 significant bits; magnitudes above 65504
             become infinite).
 
     Raises:
-        ValueError: another type.
+        ValueError: `bits` is neither "bf16" nor "fp16".
     """
 
     bits: Literal["bf16", "fp16"] = "bf16"
 
     def __post_init__(self) -> None:
         if self.bits not in ("bf16", "fp16"):
-            raise ValueError(f"a half is 'bf16' or 'fp16', got {self.bits!r}")
+            raise ValueError(f"bits must be 'bf16' or 'fp16', got {self.bits!r}")
 
     @property
     def name(self) -> str:
@@ -79,38 +84,41 @@ class Half(Codec):
 
     @property
     def dtype(self) -> torch.dtype:
-        """On the wire."""
+        """The dtype on the wire."""
         return torch.bfloat16 if self.bits == "bf16" else torch.float16
 
 
 class IntegerCodec(Codec):
-    """Integers of an alphabet under statistics that ranks share; `measure`, `encode` and `decode` define it."""
+    """Base class of integer codecs: codes are integers, scaled by statistics that all ranks share.
+
+    A subclass defines `name`, `alphabet`, `measure`, `encode` and `decode`.
+    """
 
     @property
     @abstractmethod
     def alphabet(self) -> tuple[int, int]:
-        """The least and the largest code; 0 lies between them."""
+        """The least and the largest code; 0 must be in this range."""
 
     @property
     def planes(self) -> int:
-        """Codes of an element: most codecs have one."""
+        """Number of codes for each element; 1 for most codecs."""
         return 1
 
     def scaled(self, layers: Segments) -> Segments:
-        """The segments of `layers` that have a scale of their own; here the layers themselves."""
+        """Cut `layers` into segments that have one scale each. By default one scale per layer."""
         return layers
 
     @abstractmethod
     def measure(self, flat: torch.Tensor, segments: Segments) -> Local:
-        """What this rank knows of each segment: (L,) float32, or (K, L) for K statistics.
+        """Measure this rank's statistics of each segment: (L,) float32, or (K, L) for K statistics.
 
-        flat: (n,) floats; not modified. A segment with an element that is not finite measures +inf.
+        flat: (n,) floats; not modified. The statistics of a segment with a non-finite element must be +inf.
         """
 
     def agree(self, everyone: torch.Tensor) -> Agreed:
-        """Statistics of all ranks, (W, ..., m) float32 in rank order -> those that count, (..., m): the maximum.
+        """Combine the statistics of all ranks, (W, ..., m) float32 in rank order -> (..., m). By default the maximum.
 
-        Pure and the same on every rank; column by column, for ranks may agree on some segments each.
+        Must be a pure function, and must treat each of the m segments separately: a rank may get only some of them.
         """
         return Agreed(everyone.amax(dim=0))
 
@@ -126,7 +134,11 @@ class IntegerCodec(Codec):
         rank: int = 0,
         world_size: int = 1,
     ) -> torch.Tensor:
-        """Flat (n,) floats, not modified -> codes within the alphabet, (n,) or (planes, n), the dense order."""
+        """Encode `flat`, floats, not modified -> codes in the alphabet, (n,) or (planes, n), in dense order.
+
+        n is `segments.numel`. local, shared: (..., L) float32 statistics of this rank, and those that all agreed on.
+        key, rank, world_size: of the rounding noise.
+        """
 
     @abstractmethod
     def decode(
@@ -140,37 +152,41 @@ class IntegerCodec(Codec):
         begin: int = 0,
         out: torch.Tensor,
     ) -> torch.Tensor:
-        """Exact sums of codes, (m,) or (planes, m) int32, of the dense elements from `begin` on, to their places.
+        """Decode sums of codes and write them to `out`, at the dense elements of `segments` from `begin` on.
 
-        divisor: what the sum is divided by: W for the mean. ranks: how many ranks' codes were added; each has brought
-        an offset, where the codec has one. Returns out.
+        totals: (m,) or (planes, m) int32. divisor: the sum is divided by it; W for the mean. ranks: number of ranks
+        whose codes were added; a codec whose codes contain an offset subtracts it `ranks` times. Returns out.
         """
 
     def rounding(
         self, segments: Segments, local: Local, shared: Agreed, key: Key, *, rank: int, world_size: int
     ) -> Rounding | None:
-        """The numbers for the kernel that encodes and packs at once; None where `encode` cannot be had from it."""
+        """The arguments of the fused kernel that encodes and packs; None: this kernel cannot replace `encode`."""
         return None
 
     def unit(self, shared: Agreed, divisor: float) -> torch.Tensor | None:
-        """(3, L) float32, what one unit of the sum stands for, for the kernel that unpacks and decodes at once.
+        """The gradient value of one unit of the sum, (3, L) float32, for the fused kernel that unpacks and decodes.
 
-        In parts, see :func:`terncomm.ops.reference.split_unit`; None where `decode` is more than this product.
+        Each number is split into three, see :func:`terncomm.ops.reference.split_unit`. None: `decode` is not only a
+        multiplication by this number.
         """
         return None
 
     @property
     def byte_coder(self) -> ByteCoder | None:
-        """What packed codes and sums go through on the wire; `None`: nothing, and all rows have one length."""
+        """The lossless coder of packed codes and sums; `None`: no coder, and all rows have the same length."""
         return None
 
     def narrowing(self, world_size: int) -> Narrow | None:
-        """How sums are rounded on their way back; `None`: they return exactly."""
+        """How sums are rounded before they are sent back; `None`: exact sums are sent back."""
         return None
 
 
 class UniformCodec(IntegerCodec):
-    """Integers in [-levels, levels] times a shared scale per segment, stochastically rounded."""
+    """Base class of codecs with codes in [-levels, levels], one shared scale per segment, and stochastic rounding.
+
+    A subclass defines `name`, `levels` and `measure`.
+    """
 
     @property
     @abstractmethod
@@ -184,16 +200,16 @@ class UniformCodec(IntegerCodec):
 
     @abstractmethod
     def measure(self, flat: torch.Tensor, segments: Segments) -> Local:
-        """(L,) float32 clip limit of each segment, which is also its local scale.
+        """The clip limit of each segment, (L,) float32: the largest magnitude to be represented, and the local scale.
 
-        flat: (n,) floats; not modified. The limit is 0 only where the segment is all zero, and +inf where an element is
-        not finite. Limits are shared by their maximum over ranks.
+        flat: (n,) floats; not modified. The limit must be 0 only if all elements of the segment are 0, and +inf if one
+        is not finite. The shared scale is the maximum over ranks. :func:`terncomm.ops.peaks` gives max |g|.
         """
 
     def rounding(
         self, segments: Segments, local: Local, shared: Agreed, key: Key, *, rank: int, world_size: int
     ) -> Rounding:
-        """Local limits and shared scales, (L,) float32, and a key -> the numbers that encoding multiplies with."""
+        """The arguments of the encoding kernels. local, shared: (L,) float32 clip limits and shared scales."""
         keys = key.streams(segments.layers, rank=rank, world_size=world_size)
         return ops.rounding(local, shared, keys.to(local.device), self.levels)
 
@@ -208,14 +224,14 @@ class UniformCodec(IntegerCodec):
         rank: int = 0,
         world_size: int = 1,
     ) -> torch.Tensor:
-        """Stochastic rounding: flat (n,) floats, not modified -> (n,) int8 codes within the alphabet."""
+        """Stochastic rounding: flat, floats, not modified -> (segments.numel,) int8 codes in the alphabet."""
         how = self.rounding(segments, local, shared, key, rank=rank, world_size=world_size)
         return ops.encode(flat, segments, how)
 
     def unit(self, shared: Agreed, divisor: float) -> torch.Tensor:
-        """(L,) float32 shared scales -> (3, L) float32: what one unit of the sum stands for, divided by W for the mean.
+        """The gradient value of one unit of the sum, shared / (levels * divisor): (L,) float32 -> (3, L) float32.
 
-        In parts, see :func:`terncomm.ops.reference.split_unit`.
+        Each number is split into three, see :func:`terncomm.ops.reference.split_unit`.
         """
         return ops.split_unit(shared.double() / (self.levels * divisor))
 
@@ -230,6 +246,6 @@ class UniformCodec(IntegerCodec):
         begin: int = 0,
         out: torch.Tensor,
     ) -> torch.Tensor:
-        """Exact integer sums (m,) int32 -> their places in out: the sum over ranks over the divisor."""
+        """Decode sums of codes, (m,) int32, and write sum * shared / (levels * divisor) to their places in `out`."""
         ops.decode(totals.view(-1), segments, self.unit(shared, divisor), begin, out)
         return out

@@ -1,4 +1,4 @@
-"""8-bit quantization by blocks."""
+"""8-bit quantization with one scale per block."""
 
 from dataclasses import dataclass
 
@@ -16,17 +16,19 @@ class Int8(UniformCodec):
 
     .. math:: q = \mathrm{sign}(g) \lfloor 127 |g| / s + u \rfloor, \qquad u \sim U[0, 1)
 
-    s is the largest magnitude of the block over all ranks. The sum of W codes needs more than 8 bits. On the way back
-    it is rounded once more to 8 bits (`returned="int8"`), without bias, with noise that all ranks share, by a divisor
-    ceil(max|sum| / 127) of every 256 elements of a block. Rows are cut between these pieces, so that neither the
-    exchange nor the cut of the buffer changes a bit. With W <= 2 it returns exactly, which costs no more there.
+    s is the largest magnitude of the block over all ranks. The sum of W codes needs more than 8 bits. Before it is sent
+    back, it is rounded again to 8 bits (`returned="int8"`). This rounding is unbiased, uses noise that is equal on all
+    ranks, and has one divisor, ceil(max|sum| / 127), for every 256 elements of a block. Rows begin at these borders, so
+    the result depends neither on the exchange nor on how the buffer is cut. With W <= 2 the exact sum is sent back,
+    which costs no more.
 
     Args:
-        block: elements that share a scale; `None`: one scale per layer.
-        returned: "int8", or "exact" for the exact sum in the tightest word that holds it.
+        block: number of elements that share a scale; `None`: one scale per layer.
+        returned: how sums are sent back: "int8", or "exact" in the smallest words that hold them.
 
     Raises:
-        ValueError: block is not positive, or `returned` is another word.
+        ValueError: `block` is not positive, or `returned` is neither "int8" nor "exact".
+        TypeError: `block` is neither an int nor None.
 
     References:
         Alistarh, Grubic, Li, Tomioka, Vojnovic, "QSGD: Communication-Efficient SGD via Gradient Quantization and
@@ -68,5 +70,5 @@ class Int8(UniformCodec):
         return Local(ops.peaks(flat, segments))
 
     def narrowing(self, world_size: int) -> Narrow | None:
-        """Sums in 8 bits by divisors of their own, unless the exact sum was asked for or costs no more."""
+        """Sums are sent back in 8 bits, unless `returned` is "exact" or W <= 2."""
         return None if self.returned == "exact" or world_size <= 2 else Narrow(8)

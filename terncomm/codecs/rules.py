@@ -1,11 +1,11 @@
-"""Which parameters go through which codec: the first rule that matches."""
+"""Rules that choose the codec of each parameter; the first rule that matches wins."""
 
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from terncomm.codecs.base import Codec
-from terncomm.codecs.named import codec_for
+from terncomm.codecs.by_name import codec_for
 
 DEFAULT = "default"
 KINDS = ("embedding", "head", "norm")
@@ -15,10 +15,10 @@ CodecLike = str | Codec | Mapping[str, "str | Codec | None"]
 
 @dataclass(frozen=True)
 class Rules:
-    """Patterns and codecs, the first match wins; None averages exactly.
+    """(pattern, codec) pairs; the first match wins. Codec None: averaged without a codec.
 
-    A pattern is a shell pattern for the name of a parameter or of a module that holds it, the class of such a module,
-    one of KINDS, or "default", which stands last and matches everything.
+    A pattern is a shell pattern for the name of a parameter or of a module that holds it, the class name of such a
+    module, one of KINDS, or "default", which matches everything and must be last.
     """
 
     pairs: tuple[tuple[str, Codec | None], ...]
@@ -28,8 +28,8 @@ class Rules:
         """From a codec, its name, or a mapping of patterns to codecs.
 
         Raises:
-            ValueError: an unknown name; a mapping without "default", or with rules after it.
-            TypeError: none of these.
+            ValueError: a codec's name is unknown, or "default" is not the last pattern of the mapping.
+            TypeError: `codec` is neither a name, a codec nor a mapping.
 
         >>> Rules.of({"embedding": "int8", "default": "terngrad"})
         {'embedding': Int8(block=2048, returned='int8'), 'default': Ternary(clip=2.5)}
@@ -38,36 +38,36 @@ class Rules:
             return cls(((DEFAULT, codec_for(codec)),))
         names = list(codec)
         if not names or names[-1] != DEFAULT:
-            raise ValueError(f"rules end with {DEFAULT!r}, which says how all other layers travel; got {names}")
+            raise ValueError(f"rules end with {DEFAULT!r}, the codec of all other layers; got the patterns {names}")
         return cls(tuple((name, None if each is None else codec_for(each)) for name, each in codec.items()))
 
     @property
     def default(self) -> Codec | None:
-        """Of what no other rule matches."""
+        """The codec of parameters that no other rule matches."""
         return self.pairs[-1][1]
 
     def match(self, name: str, kinds: frozenset[str]) -> tuple[str, Codec | None]:
-        """The rule for a parameter of this name; kinds: its kinds, and the classes of the modules that hold it."""
+        """The first rule that matches a parameter. kinds: its KINDS, and class names of modules that hold it."""
         for pattern, codec in self.pairs:
-            if pattern == DEFAULT or pattern in kinds or named(pattern, name):
+            if pattern == DEFAULT or pattern in kinds or matches(pattern, name):
                 return pattern, codec
         raise AssertionError("the last rule matches everything")
 
     @property
     def patterns(self) -> list[str]:
-        """Those that must match something: neither a kind nor the default."""
+        """The patterns that must match a parameter: all but "default" and KINDS."""
         return [pattern for pattern, _ in self.pairs if pattern != DEFAULT and pattern not in KINDS]
 
     def __repr__(self) -> str:
         return repr(self.default if len(self.pairs) == 1 else dict(self.pairs))
 
 
-def named(pattern: str, name: str) -> bool:
-    """Whether a shell pattern fits the name of a parameter, or of a module that holds it.
+def matches(pattern: str, name: str) -> bool:
+    """Whether a shell pattern matches the parameter name `name`, or the name of a module that holds the parameter.
 
-    "*.head" fits the module "head" of the model itself, too.
+    "*.head" also matches a module "head" at the top level of the model.
 
-    >>> named("*.head", "decoder.head.weight"), named("*.head", "head.weight"), named("body", "bodyguard.weight")
+    >>> matches("*.head", "decoder.head.weight"), matches("*.head", "head.weight"), matches("body", "bodyguard.weight")
     (True, True, False)
     """
     parts = name.split(".")

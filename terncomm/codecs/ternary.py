@@ -9,7 +9,7 @@ from terncomm.codecs.base import Local, UniformCodec
 from terncomm.segments import Segments
 from terncomm.wire import Narrow, packing_for
 
-_PIECE = 1 << 16  # elements looked at together
+_PIECE = 1 << 16  # elements that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -18,19 +18,21 @@ class Ternary(UniformCodec):
 
     .. math:: \tilde g = s \cdot \mathrm{sign}(g) \circ b, \qquad P(b_k = 1) = |f(g_k)| / s
 
-    f clips at c sigma of the layer, around zero; s is the largest magnitude after clipping, the maximum over ranks.
-    After clipping at c sigma the largest magnitude is min(max|g|, c sigma), so one number per layer is both clip limit
-    and local scale. The sum over W ranks has 2 W + 1 levels and returns exactly, in log2(2 W + 1) bits.
+    f clips to [-c sigma, c sigma], where sigma is the standard deviation of the layer. s is the largest magnitude after
+    clipping, the maximum over ranks. On each rank the largest magnitude after clipping is min(max|g|, c sigma), so one
+    number per layer is both clip limit and local scale. The sum over W ranks has 2 W + 1 levels. By default the exact
+    sum is sent back, in about log2(2 W + 1) bits.
 
     Args:
         clip: c, in standard deviations of the layer; 2.5 is the paper's choice for all its networks. `None`: no clip.
-        returned: "exact", or "int4": from W = 8 on, where that is fewer bytes, sums come back in 4 bits. They are
-            rounded once more, without bias, with noise that all ranks share, by a divisor ceil(max|sum| / 7) of every
-            256 elements of a layer; see :mod:`terncomm.path.sums`. For W = 16 this is 24 % fewer bytes on the way back,
-            for W = 64 43 %. The rounding error of a sum is less than its divisor.
+        returned: how sums are sent back: "exact", or "int4" for 4 bits from W = 8 on, where that is fewer bytes. They
+            are then rounded again. This rounding is unbiased, uses noise that is equal on all ranks, and has one
+            divisor, ceil(max|sum| / 7), for every 256 elements of a layer; see :mod:`terncomm.path.sums`. The error of
+            a sum is less than its divisor. "int4" saves 24 % of the bytes on the way back for W = 16, 43 % for W = 64.
 
     Raises:
-        ValueError: clip is not positive and finite, or `returned` is another word.
+        ValueError: `clip` is not positive and finite, or `returned` is neither "exact" nor "int4".
+        TypeError: `clip` is neither a number nor None.
 
     References:
         Wen, Xu, Yan, Wu, Wang, Chen, Li, "TernGrad: Ternary Gradients to Reduce Communication in Distributed Deep
@@ -74,7 +76,7 @@ class Ternary(UniformCodec):
         return Local(ops.clip_limit(*ops.moments(flat, segments), segments.lengths.to(flat.device), self.clip))
 
     def norm_lost(self, flat: torch.Tensor, layers: Segments) -> torch.Tensor | None:
-        """(L,) float64: what the clip takes from the norm of each layer; a zero or non-finite layer counts as 0."""
+        """(L,) float64: share of each layer's norm lost by clipping; 0 for a zero or non-finite layer."""
         if self.clip is None:
             return None
         limits = self.measure(flat, layers)
@@ -90,7 +92,7 @@ class Ternary(UniformCodec):
         return torch.where(torch.isfinite(share), share, 0.0)
 
     def narrowing(self, world_size: int) -> Narrow | None:
-        """Sums in 4 bits by divisors of their own, if that was asked for and is fewer bytes than the exact sum."""
+        """Sums are sent back in 4 bits, if `returned` is "int4" and that takes fewer bytes than the exact sums."""
         narrow, exact = Narrow(4), packing_for(-world_size, world_size)
         fewer = narrow.nbytes(_PIECE) < exact.nbytes(_PIECE)
         return narrow if self.returned == "int4" and fewer else None

@@ -1,4 +1,4 @@
-"""Hooks: where a framework's gradients enter the path."""
+"""Hooks: they take the gradients of a framework (DDP, FSDP, a training loop) and average them over ranks."""
 
 from terncomm.hooks.ddp import comm_hook, register
 from terncomm.hooks.loop import GradientAverager, reduce_gradients

@@ -1,4 +1,4 @@
-"""Do all ranks have the same configuration? Asked once, before the first bucket."""
+"""Compares the configurations of all ranks, once, before the first bucket."""
 
 import json
 from typing import Any
@@ -6,42 +6,50 @@ from typing import Any
 import torch
 
 from terncomm.path.drivers import blocking
-from terncomm.path.reduce import joined
+from terncomm.path.reduce import all_gather_number
 from terncomm.transports.base import Transport
 
 
 class ConfigurationsDiffer(RuntimeError):
-    """Ranks were configured differently; the message names every field that differs, with both sides."""
+    """Ranks are configured differently. The message names every field that differs, and its value on each rank."""
 
 
 def agree_on(configuration: dict[str, Any], transport: Transport, *, device: torch.device) -> None:
-    """Compare a JSON-able configuration over all ranks; two messages, JSON bytes.
+    """Compare the configurations of all ranks. Collective: two all-gathers, of the lengths and of the JSON bytes.
 
-    A rank that cannot take part sends {"refused": why}, so that the others need not wait for it.
+    A rank whose options are invalid sends {"refused": reason}. The others then raise at once and do not wait for the
+    timeout.
+
+    Args:
+        configuration: values that JSON can represent.
+        transport: over the ranks to be compared.
+        device: where the messages are allocated.
 
     Raises:
-        ConfigurationsDiffer: on every rank.
-        RanksDiffer: some ranks reduce gradients meanwhile.
+        ConfigurationsDiffer: configurations differ. Every rank raises.
+        RanksDiffer: some ranks reduce gradients meanwhile. They raise it too.
     """
-    mine = json.dumps(configuration, sort_keys=True).encode()
-    lengths = blocking(joined(len(mine), transport.rank, device), transport)
+    encoded = json.dumps(configuration, sort_keys=True).encode()
+    lengths = blocking(all_gather_number(len(encoded), transport.rank, device), transport)
     message = torch.zeros(max(lengths), dtype=torch.uint8)
-    message[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    message[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     received = transport.all_gather(message.to(device)).cpu()
-    told = [json.loads(bytes(row[:n].tolist())) for row, n in zip(received, lengths, strict=True)]
-    if all(other == told[0] for other in told):
+    configurations = [json.loads(bytes(row[:n].tolist())) for row, n in zip(received, lengths, strict=True)]
+    if all(other == configurations[0] for other in configurations):
         return
-    refused = {rank: one["refused"] for rank, one in enumerate(told) if "refused" in one}
+    refused = {rank: one["refused"] for rank, one in enumerate(configurations) if "refused" in one}
     if refused:
         raise ConfigurationsDiffer(
             "; ".join(f"rank {rank} refused its options: {why}" for rank, why in refused.items())
         )
     lines = []
-    for field in sorted({field for one in told for field in one}):
+    for field in sorted({field for one in configurations for field in one}):
         ranks: dict[str, list[int]] = {}
-        for rank, one in enumerate(told):
+        for rank, one in enumerate(configurations):
             ranks.setdefault(str(one.get(field)), []).append(rank)
         if len(ranks) > 1:
-            sides = "; ".join(f"{value} on rank {', '.join(map(str, who))}" for value, who in ranks.items())
+            sides = "; ".join(f"{value} on rank {', '.join(map(str, those))}" for value, those in ranks.items())
             lines.append(f"{field}: {sides}")
-    raise ConfigurationsDiffer("ranks are configured differently. " + " | ".join(lines))
+    raise ConfigurationsDiffer(
+        f"ranks are configured differently. {' | '.join(lines)}. All ranks need the same arguments, model and version"
+    )

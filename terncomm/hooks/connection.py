@@ -1,4 +1,4 @@
-"""How the ranks of a hook come together, and what they tell one another when one of them fails."""
+"""Connects the ranks of a hook, and passes the error of a failing rank to the others."""
 
 import json
 import logging
@@ -24,93 +24,124 @@ _log = logging.getLogger("terncomm")
 
 T = TypeVar("T")
 
-_POLL_S = 0.02
-_NOTICE_S = 10.0  # one log line when other ranks are late by this much
+_POLL_S = 0.02  # longest pause between two looks into the store
+_NOTICE_S = 10.0  # after waiting so long for other ranks, one warning is logged
 
 
 class Connection:
-    """A process group of our own over the ranks of another, and a board in its store for last words.
+    """A private process group over the ranks of another one, and notes in which a failing rank leaves its error.
 
-    It is not one of torch.distributed's registered groups, so it neither takes part in their numbering nor ends with
-    them; nothing but the hook holds it.
+    For gloo and NCCL the group is not registered with torch.distributed. So it does not count in the numbering of
+    groups, `destroy_process_group` does not end it, and only the hook refers to it.
+
+    Args:
+        transport: over all ranks of the group.
+        group: the transport inside `transport`, for closing it.
+        notes: where ranks leave their errors.
+        open_subgroup: makes a transport over some of the ranks; see :meth:`subgroup`.
     """
 
     def __init__(
         self,
         transport: Metered,
         group: ProcessGroupTransport,
-        board: "Board",
-        open_among: Callable[[str, list[int]], ProcessGroupTransport],
+        notes: "FailureNotes",
+        open_subgroup: Callable[[str, list[int]], ProcessGroupTransport],
     ) -> None:
         self.transport = transport
         self._groups = [group]
-        self._board = board
-        self._open_among = open_among
+        self._notes = notes
+        self._open_subgroup = open_subgroup
 
-    def among(self, name: str, ranks: list[int]) -> Metered:
-        """A transport among some ranks, of which this is one; collective among them. It fails with this connection.
+    def subgroup(self, name: str, ranks: list[int]) -> Metered:
+        """Open a transport over some of the ranks, including this one. Collective over them. :meth:`fail` closes it.
+
+        Args:
+            name: of the new group, equal on its ranks.
+            ranks: numbers in this connection's group, in the order of the new group.
 
         Raises:
-            RankFailed: they do not come together.
+            RankFailed: these ranks could not connect.
         """
         try:
-            transport = self._open_among(name, ranks)
+            transport = self._open_subgroup(name, ranks)
         except RuntimeError as error:
             lost = RankFailed(f"could not connect to ranks {ranks}: {error}")
-            raise self.fail(lost, f"connecting {name}") from error
+            raise self.fail(lost, f"connecting the group {name!r}") from error
         self._groups.append(transport)
         return Metered(transport)
 
     def fail(self, error: Exception, where: str) -> Exception:
-        """Tell the other ranks of an error, let go of the group, and return the error with what they have told.
+        """Post an error for the other ranks, close all groups, and return the error to raise.
 
-        where: what this rank was doing, in words.
+        Args:
+            error: a `RankFailed` is returned with what the other ranks posted, another error as it is.
+            where: what this rank was doing, in words.
         """
 
-        def let_go() -> None:  # other ranks in an exchange with this one need not wait for the timeout
+        def close_groups() -> None:  # so that ranks that wait for this one raise now, not at the timeout
             _release(error)
             for group in self._groups:
                 group.close()
 
-        return self._board.last_words(error, where, let_go)
+        return self._notes.report(error, where, close_groups)
 
 
 def _release(error: BaseException | None) -> None:
-    """Forget what the frames of an error hold: the group, above all, which closes when nothing holds it."""
+    """Clear the frames in an error's tracebacks: they refer to the group, which closes when nothing refers to it."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
-class Board:
-    """One note of each rank, in a store that all of them reach; it may be lost at any time."""
+class FailureNotes:
+    """Notes of failing ranks for the others, one per rank, in a store of all ranks. The store may be lost at any time.
+
+    Args:
+        store: of the group.
+        ranks: global ranks, in the order of the group.
+        rank: this rank's number in the group.
+        patience_s: seconds to wait for the notes of other ranks, and again for them to read this rank's.
+    """
 
     def __init__(self, store: Store, ranks: list[int], rank: int, patience_s: float) -> None:
         self._store = store
-        self._ranks = ranks  # global, in the order of the group
+        self._ranks = ranks
         self._rank = rank
         self._others = [other for other in range(len(ranks)) if other != rank]
-        self._patience_s = patience_s  # how long to wait for the notes of others, and then for others to read ours
+        self._patience_s = patience_s
         self._lost = self._posted = False
 
-    def last_words(self, error: Exception, where: str, let_go: Callable[[], None]) -> Exception:
-        """Post an error, let go of what others wait for, and return the error with what they have told."""
+    def report(self, error: Exception, where: str, close_groups: Callable[[], None]) -> Exception:
+        """Post an error for the other ranks, call `close_groups`, and return the error to raise.
+
+        A `RankFailed` is the consequence of an error elsewhere: its message gets what the other ranks posted.
+
+        Args:
+            error: of this rank.
+            where: what this rank was doing, in words.
+            close_groups: closes what the other ranks wait for.
+        """
         consequence = isinstance(error, RankFailed)
         self.post({"where": where, "text": f"{type(error).__name__}: {error}", "consequence": consequence})
-        let_go()
+        close_groups()
         if consequence:
-            error = RankFailed(f"{self.explain(self.read())} Here, in {where}: {error}")
-        self.linger()
+            error = RankFailed(f"{self.explain(self.read())} The error on this rank, in {where}: {error}")
+        self.wait_until_read()
         return error
 
     def post(self, note: dict[str, Any]) -> None:
-        """Leave this rank's note, if the store can still be reached. The first one stays."""
+        """Write this rank's note, if the store can still be reached. Only the first call writes."""
         if not self._posted:
             self._posted = True
             self._try(lambda: self._store.set(f"note/{self._rank}", json.dumps(note)))
 
     def read(self) -> dict[int, dict[str, Any]] | None:
-        """Notes by rank, as soon as all others have left theirs or one tells a cause; `None` without a store."""
+        """Wait for the other ranks' notes, until all are there, one names a cause, or `patience_s` has passed.
+
+        Returns:
+            Notes by rank in the group; None if the store is lost.
+        """
         notes: dict[int, dict[str, Any]] = {}
 
         def enough() -> bool:
@@ -122,8 +153,8 @@ class Board:
         self._try(lambda: poll(enough, self._patience_s))
         return None if self._lost else notes
 
-    def linger(self) -> None:
-        """Stay until the others have read the notes, for the store may end with this rank."""
+    def wait_until_read(self) -> None:
+        """Wait at most `patience_s` until the others have read the notes: this process may serve the store."""
 
         def heard() -> bool:
             self._store.set(f"heard/{self._rank}", "")
@@ -141,7 +172,7 @@ class Board:
             _log.debug("the store is lost: %s", error)
 
     def explain(self, notes: dict[int, dict[str, Any]] | None) -> str:
-        """What happened, as far as the others have told."""
+        """What happened, in words, from the notes of :meth:`read`."""
         if notes is None:
             return "The job's store does not answer: the rank that serves it, often rank 0, has ended or is stuck."
         if causes := [rank for rank, note in notes.items() if not note["consequence"]]:
@@ -150,8 +181,11 @@ class Board:
             )
         if silent := [rank for rank in self._others if rank not in notes]:
             names = ", ".join(map(self._named, silent))
-            return f"No word from {names}: killed, ended or stuck; the output of that rank says more."
-        return "The ranks lost their connections, and none of them is the cause: the network, or a timeout."
+            return f"No word from {names}: killed, ended or stuck. See the output of that rank."
+        return (
+            "All ranks lost their connections, and no rank reported another error: check the network, and the timeout "
+            "of the process group."
+        )
 
     def _named(self, rank: int) -> str:
         world = self._ranks[rank]
@@ -159,10 +193,13 @@ class Board:
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T:
-    """The result of a call that may never return, as one to a store whose process is stopped.
+    """Return the result of a call that may never return, such as a request to a store whose process is stopped.
+
+    The call runs on a thread of its own, which is left behind if it does not return.
 
     Raises:
-        RuntimeError: there is none after `limit_s`, or what the call raised.
+        RuntimeError: no result after `limit_s` seconds.
+        Exception: whatever the call raised.
     """
     outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -183,7 +220,7 @@ def within(limit_s: float, call: Callable[[], T]) -> T:
 
 
 def poll(condition: Callable[[], bool], limit_s: float) -> bool:
-    """Whether `condition` came true within `limit_s`."""
+    """Wait at most `limit_s` seconds until `condition` is true. Returns whether it became true."""
     begin = time.monotonic()
     while not condition():
         waited_s = time.monotonic() - begin
@@ -194,33 +231,38 @@ def poll(condition: Callable[[], bool], limit_s: float) -> bool:
 
 
 def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[str, Any]) -> Connection:
-    """Meet the other ranks of `group`, make a group of our own, compare configurations. Collective.
+    """Wait for all ranks of `group`, make a private group over them, and compare configurations. Collective.
+
+    Args:
+        group: the framework's process group; its timeout applies.
+        device: of the gradients.
+        configuration: see :func:`terncomm.hooks.agreement.agree_on`.
 
     Raises:
-        RankFailed: a rank does not come within the group's timeout, or is lost on the way.
+        RankFailed: a rank did not call this within the group's timeout, or failed meanwhile.
         ConfigurationsDiffer: ranks are configured differently.
     """
     theirs = backend_for(group, device)
     limit = timeout_of(theirs)
-    patience_s = min(5.0, limit.total_seconds() / 10)  # to hear what others tell; twice, still within the timeout
+    patience_s = min(5.0, limit.total_seconds() / 10)  # see FailureNotes: it waits twice, still within the timeout
     rank, world_size = group.rank(), group.size()
     store = store_of(group)
     counter, whole = f"terncomm/connections/{rank}", store
     store = PrefixStore(f"terncomm/{whole.add(counter, 1)}", whole)
     ranks = dist.get_process_group_ranks(group)
-    board = Board(store, ranks, rank, patience_s)
+    notes = FailureNotes(store, ranks, rank, patience_s)
     limit -= timedelta(seconds=2 * patience_s)
     try:
         _meet(store, ranks, rank, limit.total_seconds())
     except RankFailed:
-        with suppress(RuntimeError):  # who comes later must not take this rank for present, and it may come again
+        with suppress(RuntimeError):  # undo: a late rank must not count on this one, which may register again
             within(1.0, lambda: (store.delete_key(f"here/{rank}"), whole.add(counter, -1)))
         raise
     try:
         own = _backend_like(theirs, store, rank, world_size, limit) or _registered(ranks)
     except RuntimeError as error:
         lost = RankFailed(f"could not connect to the other ranks: {error}")
-        raise board.last_words(lost, "connecting", lambda: None) from error
+        raise notes.report(lost, "connecting", lambda: None) from error
     transport = ProcessGroupTransport(own)
     del own
 
@@ -229,12 +271,12 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
             transport.adapt()
         return transport
 
-    def among(name: str, some: list[int]) -> ProcessGroupTransport:
+    def subgroup(name: str, some: list[int]) -> ProcessGroupTransport:
         apart = PrefixStore(f"{name}/{some[0]}", store)
         part = _backend_like(theirs, apart, some.index(rank), len(some), limit) or _registered([ranks[r] for r in some])
         return adapted(ProcessGroupTransport(part))
 
-    connection = Connection(Metered(transport), transport, board, among)
+    connection = Connection(Metered(transport), transport, notes, subgroup)
     try:
         agree_on(configuration, connection.transport, device=device)
         adapted(transport)
@@ -244,7 +286,11 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
 
 
 def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
-    """Wait until all ranks are here."""
+    """Wait at most `limit_s` seconds until all ranks have written their key into the store.
+
+    Raises:
+        RankFailed: some have not.
+    """
     absent = [other for other in range(len(ranks)) if other != rank]
 
     def together() -> bool:
@@ -265,18 +311,17 @@ def _meet(store: Store, ranks: list[int], rank: int, limit_s: float) -> None:
             _log.warning("waiting for rank %s to register its hook, at most %.0f s more", names(), rest_s)
             if within(rest_s + 1, lambda: poll(together, rest_s)):
                 return
-    except RuntimeError as error:  # the rank that serves the store has ended, most likely for want of the others
-        lost = f" (the store is gone: {error})"
+    except RuntimeError as error:  # the rank that serves the store has ended, most likely by this same timeout
+        lost = f" (the store cannot be reached: {error})"
     raise RankFailed(
         f"rank {names()} has not come within {time.monotonic() - begin:.0f} s. Every rank must call terncomm.register "
-        "(or make a GradientAverager, or register terncomm.comm_hook and run backward), equally often; or it was killed"
-        + lost
-        + "."
+        "(or make a GradientAverager, or register terncomm.comm_hook and run backward) equally often. If a rank was "
+        "killed, see its output" + lost + "."
     )
 
 
 def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: timedelta) -> Any:
-    """A backend of the same kind over the same ranks; `None` for a kind that we cannot make."""
+    """A gloo or NCCL backend with the options of `theirs`, over `world_size` ranks; None for other backends."""
     if theirs.name() == "gloo":
         return dist.ProcessGroupGloo(store, rank, world_size, gloo_options_like(theirs, limit))
     if theirs.name() == "nccl":
@@ -285,5 +330,5 @@ def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: 
 
 
 def _registered(ranks: list[int]) -> Any:
-    # Synchronized among these ranks only: a sub-group must not need the rest of the world.
+    # Local synchronization: ranks outside this group need not take part.
     return dist.new_group(ranks, use_local_synchronization=True)

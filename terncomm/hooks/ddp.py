@@ -13,7 +13,7 @@ from terncomm.codecs import CodecLike
 from terncomm.hooks.agreement import ConfigurationsDiffer
 from terncomm.hooks.fsdp import register_fsdp
 from terncomm.hooks.fsdp1 import fsdp1_units, register_fsdp1
-from terncomm.hooks.nodes import levels_between, node_of
+from terncomm.hooks.nodes import connect_nodes, node_of
 from terncomm.hooks.sharded import ShardState
 from terncomm.hooks.state import CommState
 from terncomm.layers import GROUPS
@@ -24,19 +24,22 @@ from terncomm.transports import Transport
 _log = logging.getLogger("terncomm")
 
 _PYTHON_REDUCER = (
-    "torch.compile's optimize_ddp='python_reducer' does without DDP's buckets, which communication hooks work on. Set "
-    "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' (the default) before DistributedDataParallel is made."
+    "torch.compile with optimize_ddp='python_reducer' does not use DDP's buckets, which communication hooks need. Set "
+    "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' (the default) before you construct DistributedDataParallel."
 )
 
 
 def comm_hook(state: CommState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP communication hook: average a bucket's gradients over ranks through the codec of `state`.
 
-    For `model.register_comm_hook(terncomm.CommState(codec="int8"), terncomm.comm_hook)`; :func:`register` does the
-    same and also knows the model. Collectives run in bucket order on a process group of their own, off the autograd
-    thread on CPU, so that they overlap with backward.
+    Use it as `model.register_comm_hook(terncomm.CommState(codec="int8"), terncomm.comm_hook)`. :func:`register` does
+    the same, and also reads the names and the structure of the model. Collectives run in bucket order on a private
+    process group. On CPU they run on other threads than autograd, so they overlap with backward.
+
+    Returns:
+        A future of the bucket's buffer, (n,), which then holds the mean.
     """
-    if not isinstance(bucket, GradBucket):  # a pair of gradient and parameter
+    if not isinstance(bucket, GradBucket):  # python_reducer passes a pair of gradient and parameter
         raise RuntimeError(_PYTHON_REDUCER)
     return state.reduce(bucket)
 
@@ -60,27 +63,29 @@ def register(
 
     Args:
         model: a `DistributedDataParallel`, or a wrapper that holds one (torch.compile); or a model of `fully_shard`
-            (FSDP2) or `FullyShardedDataParallel` (FSDP1), whose reduce-scatter then sends codes.
+            (FSDP2) or `FullyShardedDataParallel` (FSDP1), whose reduce-scatter is then compressed.
         codec, skip, min_numel, warmup_steps, exchange, seed, exempt: see :class:`terncomm.hooks.options.Options`.
-        intra_group: for DDP: the ranks of this node, equally many on all nodes. Gradients are then averaged as floats
-            inside nodes and coded between nodes alone, where each rank sends its part of what one rank would send.
-            Scales, and what a non-finite element spoils, are then of each rank's part of a layer.
-        replicas: for `fully_shard` over a one-dimensional mesh: the group of the ranks that hold the same shard, in
-            place of FSDP2's own hybrid sharding. Gradients are then reduced plainly inside the mesh, and coded between
-            replicas.
-        transport: for DDP: moves the bytes, in place of a process group of our own: an object of one's own with what
-            :class:`terncomm.transports.Transport` asks for, whose blocking calls suffice, over the ranks of the model's
-            process group. It gets the buckets of this model, from one thread, and nobody else uses it meanwhile. A rank
-            that fails raises its own error, and the others what their transport raises when a rank does not come.
-        stages: for DDP without `intra_group`: what is done to the gradients of coded layers before they are coded, and
-            to their means, as error feedback does; see :class:`terncomm.path.stages.Stage`.
+        intra_group: for DDP: the process group of this node's ranks; every node has the same number of ranks. Gradients
+            are averaged uncompressed inside nodes, and compressed only between nodes. There each rank sends one slice,
+            so a node sends as much as a single rank would. Each slice of a layer has its own scale, and a non-finite
+            element spoils only its slice of the layer.
+        replicas: for `fully_shard` over a one-dimensional mesh: the process group of the ranks that hold the same
+            shard. It replaces FSDP2's own hybrid sharding (HSDP). Gradients are reduced uncompressed inside the mesh,
+            and compressed between replicas.
+        transport: for DDP: sends the bytes, in place of a private process group. An object with the members of
+            :class:`terncomm.transports.Transport`, over the ranks of the model's process group; blocking calls suffice.
+            It is called from one thread, and nothing else may use it meanwhile. A rank that fails raises its own
+            error; the other ranks raise what their transport raises when a rank does not answer.
+        stages: for DDP without `intra_group`: what changes the gradients of compressed layers before encoding, and
+            their means afterwards, such as error feedback; see :class:`terncomm.path.stages.Stage`.
 
     Returns:
         The state, for `stats()`, `disable()` and `enable()`.
 
     Raises:
-        TypeError: the model is none of these, or sharded in a way that cannot be served; the message says what to use
-            instead.
+        TypeError: the model is none of these, its kind of sharding is not supported, or an option does not fit it; the
+            message says what to use instead.
+        ValueError: an option is invalid.
         RuntimeError: it already has a communication hook, ranks called with different arguments, or a rank did not
             call within the timeout of the model's process group.
     """
@@ -96,7 +101,7 @@ def register(
     sharded, units = _is_fully_sharded(model), fsdp1_units(model)
     if stages and (sharded or units or intra_group is not None):
         raise TypeError(
-            "stages= is for DistributedDataParallel without intra_group=: elsewhere a rank holds parts of layers only"
+            "stages= is for DistributedDataParallel without intra_group=: otherwise ranks encode only slices of layers"
         )
     if intra_group is not None and (sharded or units):
         raise TypeError("intra_group= is for DistributedDataParallel; models of fully_shard have replicas=")
@@ -112,8 +117,8 @@ def register(
     if (hook := comm_hook_of(ddp)) is not None:
         named = getattr(hook, "__qualname__", repr(hook))
         raise RuntimeError(
-            f"this DDP model already has a communication hook, {named}, and DDP takes one for life. Make a new "
-            "DistributedDataParallel for another; a terncomm hook is switched with state.disable() and state.enable()."
+            f"this DDP model already has a communication hook, {named}, and DDP accepts only one. Construct a new "
+            "DistributedDataParallel; or switch a terncomm hook off and on with state.disable() and state.enable()."
         )
     if uses_python_reducer(ddp):
         raise RuntimeError(_PYTHON_REDUCER)
@@ -137,7 +142,7 @@ def register(
         refusal = error
         configuration = {"refused": str(refusal)}
     device = next(ddp.parameters()).device
-    # A rank that refuses its options has to tell the others, over what they meet by.
+    # The other ranks are connecting, so a rank with invalid options connects too, and sends them the reason.
     meeting = state or CommState(process_group=ddp.process_group, transport=transport)
     try:
         connection = meeting.meet(device, configuration)
@@ -149,7 +154,7 @@ def register(
         raise refusal
     if node:
         assert connection is not None
-        state.connect(connection.transport, connection, levels_between(connection, node, device))
+        state.connect(connection.transport, connection, connect_nodes(connection, node, device))
     ddp.register_comm_hook(state, comm_hook)
     if state.rank == 0:
         _log.info("%s", state.summary())
@@ -157,9 +162,13 @@ def register(
 
 
 def _check_transport(transport: Any, refused: str) -> None:
-    """Raise a TypeError unless it is one, or if `refused`, what it does not go with, is not empty."""
+    """Check the option `transport`. refused: what it cannot be combined with, or "".
+
+    Raises:
+        TypeError: `refused` is not empty, or the object lacks a member of `Transport`.
+    """
     if refused:
-        raise TypeError(f"transport= is for DistributedDataParallel alone: {refused} makes groups of its own")
+        raise TypeError(f"transport= is for DistributedDataParallel only; with {refused} terncomm makes its own groups")
     missing = [name for name in ("rank", "world_size", "all_gather", "all_to_all") if not hasattr(transport, name)]
     if missing:
         raise TypeError(
@@ -168,7 +177,7 @@ def _check_transport(transport: Any, refused: str) -> None:
 
 
 def _is_fully_sharded(model: Any) -> bool:
-    """Whether fully_shard (FSDP2) holds parameters of the model."""
+    """Whether `fully_shard` (FSDP2) was called on the model or a module in it."""
     return isinstance(model, torch.nn.Module) and any(hasattr(m, "set_custom_reduce_scatter") for m in model.modules())
 
 
@@ -182,8 +191,8 @@ def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
             kind = type(model).__name__
             if kind.startswith("FSDP"):
                 raise TypeError(
-                    f"{kind} is of fully_shard, whose reduce-scatter torch {torch.__version__} lets nobody replace: a "
-                    "newer one, with FSDPModule.set_custom_reduce_scatter, is needed"
+                    f"{kind} is sharded by fully_shard, but torch {torch.__version__} does not allow to replace its "
+                    "reduce-scatter: install a newer torch, with FSDPModule.set_custom_reduce_scatter"
                 )
             alone = "" if dist.is_initialized() and dist.get_world_size() > 1 else ". One process needs no hook"
             raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model){alone}")

@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`): the reduce-scatter of gradients, or the all-reduce between replicas, through a codec."""
+"""FSDP2 (`fully_shard`): compresses the reduce-scatter of gradients, or the all-reduce between replicas."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ from terncomm.torch_internals import FSDP2Group, fsdp2_dimension, fsdp2_groups, 
 
 
 class _Group(Unit):
-    """What `fully_shard` reduces together. Parameters are known by FSDP's own objects: the tensors may be replaced."""
+    """The parameters of one `fully_shard` module, as FSDP's own objects: torch may replace the tensors in them."""
 
     def __init__(self, state: ShardState, index: int, name: str, params: Sequence[Any]) -> None:
         self.params = list(params)
         layers = state.layers
-        # Parameters that are sharded along another dimension lie in the buffer in another order than they have.
+        # Sharded along another dimension than 0, a parameter's elements are reordered in the buffer: uncompressed.
         known = {
             place: (
                 layers.numbers[sharded],
@@ -51,25 +51,29 @@ class _Group(Unit):
 
 
 def _divisor(op: Any, world_size: int) -> float:
-    """What the sum is divided by."""
+    """The number by which FSDP's reduce operation divides the sum over ranks.
+
+    Raises:
+        ValueError: an operation that terncomm does not support.
+    """
     if op == ReduceOp.AVG:
         return world_size
     if op == ReduceOp.SUM:
         return 1.0
     factor = op.__getstate__()[1] if op == ReduceOp.PREMUL_SUM else None
     if not isinstance(factor, (int, float)):
-        raise ValueError(f"FSDP asked for {op}; terncomm knows AVG, SUM and PREMUL_SUM by a number")
+        raise ValueError(f"FSDP asked for the operation {op}; terncomm supports AVG, SUM and PREMUL_SUM with a number")
     return 1.0 / factor
 
 
 class ReduceScatter:
-    """For `FSDPModule.set_custom_reduce_scatter`: what its :class:`ReduceScatter` protocol asks for."""
+    """The reduce-scatter of one module, for `FSDPModule.set_custom_reduce_scatter`; FSDP defines its methods."""
 
     def __init__(self, group: _Group) -> None:
         self._group = group
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for input and output."""
+        """An uninitialized tensor, for the input or the output."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -80,12 +84,15 @@ class ReduceScatter:
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Leave the reduced shard in `output_tensor`; done when it returns."""
+        """Reduce `input_tensor`, (W k,), and write this rank's row into `output_tensor`, (k,), before it returns.
+
+        `group` and `async_op` are not used.
+        """
         self._group.reduce_scatter(input_tensor, output_tensor, _divisor(op, self._group.state.world_size))
 
 
 class _BetweenReplicas:
-    """For `FSDPModule.set_all_reduce_hook`: the mean of a shard over the ranks that hold it too."""
+    """The hook of one module, for `FSDPModule.set_all_reduce_hook`: averages a shard over the replicas, in place."""
 
     def __init__(self, group: _Group, shard_rank: int, shard_ranks: int) -> None:
         self._group = group
@@ -98,10 +105,12 @@ class _BetweenReplicas:
 def register_fsdp(
     model: nn.Module, codec: CodecLike, options: Mapping[str, Any], replicas: dist.ProcessGroup | None = None
 ) -> ShardState:
-    """What :func:`terncomm.register` does with a model of `fully_shard`; see there.
+    """Register a model of `fully_shard`; see :func:`terncomm.register`.
 
     Raises:
-        TypeError: the model, or a part of it, is sharded in a way that cannot be served; the message says why.
+        TypeError: the kind of sharding is not supported; the message says why.
+        ValueError: an option is invalid, or no parameter requires a gradient.
+        RuntimeError: the model is registered already.
     """
     found: list[tuple[str, Any, FSDP2Group]] = []
     for name, module in model.named_modules():
@@ -109,32 +118,33 @@ def register_fsdp(
             continue
         groups = fsdp2_groups(module)
         if len(groups) > 1:
-            raise TypeError(f"{name or 'the root'} has parameters on several meshes, which terncomm does not serve")
-        module.reshard()  # after a forward pass the root's parameters are other objects
+            raise TypeError(f"{name or 'the root'} has parameters on several meshes; terncomm supports one per module")
+        module.reshard()  # after a forward pass the root still holds its unsharded parameters, which are other objects
         found += [(name or "the root", module, group) for group in groups]
     if not found:
         raise TypeError("no part of this model holds parameters that fully_shard has sharded")
     for name, _, group in found:
         if isinstance(group.reduce_scatter, ReduceScatter) or isinstance(group.all_reduce_hook, _BetweenReplicas):
-            raise RuntimeError(f"{name} is registered already: its state has disable() and enable()")
+            raise RuntimeError(f"{name} is registered already: use disable() and enable() of the state from then")
         if group.shards is None:
             raise TypeError(f"{name} is replicated, not sharded: use DistributedDataParallel")
         if group.replicas is not None:
             raise TypeError(
                 "this model is sharded over a two-dimensional mesh (HSDP), where FSDP all-reduces floats between "
-                "replicas before any hook runs. Shard over the inner mesh alone, fully_shard(module, "
-                "mesh=mesh['shard']), and give the replicas' group: terncomm.register(model, codec, "
+                "replicas before any hook runs. Shard over the inner mesh only: fully_shard(module, "
+                "mesh=mesh['shard']). Then pass the group of the replicas: terncomm.register(model, codec, "
                 "replicas=mesh.get_group('replicate'))"
             )
     shards, device = found[0][2].shards, found[0][2].device
     assert shards is not None
     rank, ranks = shards.rank(), shards.size()
     if any(group.shards is not shards for _, _, group in found):
-        raise TypeError("parts of this model are sharded over different groups, which terncomm does not serve")
+        raise TypeError("modules of this model are sharded over different process groups; terncomm supports only one")
     inside = set(dist.get_process_group_ranks(shards))
     if replicas is not None and inside & set(dist.get_process_group_ranks(replicas)) != {dist.get_rank()}:
         raise ValueError(
-            "replicas: wanted the group of the ranks that hold the same shard, got one with others of its mesh"
+            "replicas: wanted the group of the ranks that hold the same shard, got one with other ranks of this "
+            "mesh, or without this rank"
         )
     state = ShardState(Options(codec=codec, **options), model.named_parameters())
     state.layers.adopt(model)

@@ -1,7 +1,7 @@
-"""FSDP1 (`FullyShardedDataParallel`): the reduction of flat gradients through a codec, by its communication hook.
+"""FSDP1 (`FullyShardedDataParallel`): compresses the reduction of flat gradients, by a communication hook.
 
-A unit's flat parameter holds its parameters one after another; rank r keeps row r of W. With `NO_SHARD` every rank
-keeps the whole. FSDP1 leaves the division to the hook.
+A unit's flat parameter holds its parameters one after another. It is cut into W equal rows, and rank r keeps row r.
+With `NO_SHARD` every rank keeps the whole. FSDP1 expects the hook to divide the sum by W.
 """
 
 import sys
@@ -29,7 +29,7 @@ from terncomm.torch_internals import (
 
 def fsdp1_units(model: Any) -> list[tuple[str, Any]]:
     """The FSDP1 modules inside a model that hold a flat parameter, with their names."""
-    if not isinstance(model, nn.Module) or "torch.distributed.fsdp" not in sys.modules:  # then nobody has made one
+    if not isinstance(model, nn.Module) or "torch.distributed.fsdp" not in sys.modules:  # then no FSDP1 module exists
         return []
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -38,7 +38,7 @@ def fsdp1_units(model: Any) -> list[tuple[str, Any]]:
 
 
 class _FlatUnit(Unit):
-    """A flat parameter; `held` are stand-ins for the parameters in it, in its order."""
+    """The parameters of one flat parameter. held: a meta tensor for each of them, in the order of the flat one."""
 
     def __init__(
         self, state: ShardState, index: int, name: str, flat: FlatParameter, held: Sequence[nn.Parameter]
@@ -66,7 +66,11 @@ class _FlatUnit(Unit):
 
 
 def comm_hook(unit: _FlatUnit, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> None:
-    """What FSDP1 calls: leave the mean of this rank's row in `shard`, or without one the mean in `gradient`."""
+    """FSDP1's communication hook: average `gradient`, (W k,) floats, over ranks.
+
+    Writes the mean of this rank's row into `shard`, (k,). With `NO_SHARD` there is no `shard`, and `gradient`, (n,), is
+    replaced by its mean.
+    """
     if shard is not None:
         unit.reduce_scatter(gradient, shard)
     else:
@@ -76,11 +80,12 @@ def comm_hook(unit: _FlatUnit, gradient: torch.Tensor, shard: torch.Tensor | Non
 def register_fsdp1(
     model: nn.Module, units: list[tuple[str, Any]], codec: CodecLike, options: Mapping[str, Any]
 ) -> ShardState:
-    """What :func:`terncomm.register` does with a model of `FullyShardedDataParallel`; see there.
+    """Register a model of `FullyShardedDataParallel`; see :func:`terncomm.register`. units: of :func:`fsdp1_units`.
 
     Raises:
-        TypeError: the model is sharded in a way that FSDP1 gives no hook for; the message says which.
-        RuntimeError: it has a communication hook already.
+        TypeError: FSDP1 has no hook for this sharding strategy, or units use different process groups.
+        ValueError: an option is invalid, or no parameter requires a gradient.
+        RuntimeError: the model already has a communication hook.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -93,11 +98,11 @@ def register_fsdp1(
             )
         if fsdp1_comm_hook(unit) is not None:
             raise RuntimeError(
-                f"{name} already has a communication hook, and FSDP1 takes one for life; a terncomm hook is switched "
-                "with state.disable() and state.enable()"
+                f"{name} already has a communication hook, and FSDP1 accepts only one; to switch a terncomm hook off "
+                "and on, use state.disable() and state.enable()"
             )
         if unit.process_group is not group:
-            raise TypeError("parts of this model are sharded over different groups, which terncomm does not serve")
+            raise TypeError("units of this model are sharded over different process groups; terncomm supports only one")
     flats = [_flat(unit) for _, unit in units]
     stand_ins = _stand_ins(model, flats)
     named = [(f"{name}.{each}" if name else each, p) for name, own in stand_ins.values() for each, p in own.items()]
@@ -125,7 +130,7 @@ def _flat(unit: Any) -> FlatParameter:
 
 
 def _stand_ins(model: nn.Module, flats: list[FlatParameter]) -> dict[nn.Module, tuple[str, dict[str, nn.Parameter]]]:
-    """Each module's name, and its parameters as they were before FSDP1 took them: shapes without memory."""
+    """Each module's name and own parameters, as before FSDP1 flattened them: meta tensors for the flattened ones."""
     taken = {each.flat for each in flats}
     own = {
         module: (clean(name), {n: p for n, p in module.named_parameters(recurse=False) if p not in taken})

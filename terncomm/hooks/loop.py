@@ -1,4 +1,4 @@
-"""Gradients of any training loop, averaged over any transport: MPI, a process group, threads. DDP is not needed."""
+"""Averages the gradients of any training loop, without DDP, over any transport: MPI, a process group, threads."""
 
 import zlib
 from collections.abc import Iterable, Mapping
@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from terncomm.codecs import CodecLike
 from terncomm.hooks.agreement import agree_on
-from terncomm.hooks.averaging import Averaging
 from terncomm.hooks.connection import connect
 from terncomm.hooks.options import Options
 from terncomm.hooks.overlap import Overlap
+from terncomm.hooks.reducer import GradientReducer
 from terncomm.layers import in_memory_order
 from terncomm.path.message import Path
 from terncomm.torch_internals import copy_all, default_group
@@ -27,26 +27,27 @@ Parameters = nn.Module | Mapping[str, Gradient] | Iterable[Gradient] | Iterable[
 _CACHE = "_terncomm_averagers"
 
 
-class GradientAverager(Averaging):
+class GradientAverager(GradientReducer):
     """Replaces gradients by their compressed mean over ranks, after each backward pass, or while it runs.
 
-    For one seed the result is that of the DDP hook, bit for bit, on every transport. Collective: every rank makes one
-    with the same arguments, and calls :meth:`reduce` equally often.
+    With the same seed the result equals that of the DDP hook, bit for bit, on every transport. Collective: every rank
+    constructs one with the same arguments, and calls :meth:`reduce` equally often.
 
     Args:
-        params: a module; or its parameters, with names or without. Embeddings and the output head are found in a module
-            alone; with a list of parameters, name them in `skip`.
+        params: a module; or its parameters, with names or without. Embeddings and the output head are found only in a
+            module; with a list of parameters, name them in `skip`.
         codec: a codec, its name, or rules.
         transport: a :class:`terncomm.transports.Transport`, or a process group; by default the default process group.
-        bucket_cap_mb: gradients are reduced in buckets of at most so many MiB; the result does not depend on it.
-        overlap: begin with a bucket as soon as the backward pass has left its gradients, on threads of their own;
-            :meth:`reduce` waits for all. Gradients must be dense, and one backward pass precedes each `reduce`. Else
-            everything happens in `reduce`, on the calling thread.
+        bucket_cap_mb: size of a bucket in MiB; a larger gradient has its own bucket. The result does not depend on it.
+        overlap: reduce a bucket, on other threads, as soon as the backward pass has computed its gradients;
+            :meth:`reduce` waits for all buckets. Gradients must be dense, and each `reduce` needs exactly one backward
+            pass before it. CUDA gradients, and all gradients if False, are reduced in `reduce`, on the calling thread.
         options: see :class:`terncomm.hooks.options.Options`.
 
     Raises:
-        TypeError, ValueError: `params` or an option cannot be.
+        TypeError, ValueError: `params` or an option is invalid.
         ConfigurationsDiffer: ranks were given different arguments.
+        RankFailed: another rank failed, or did not connect within the timeout.
 
     >>> from terncomm.transports import LocalTransport
     >>> def work(transport):
@@ -59,7 +60,7 @@ class GradientAverager(Averaging):
     [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 0.5]]]
     """
 
-    OWN = (*Averaging.OWN, "_scratch", "_overlap")
+    PROCESS_LOCAL = (*GradientReducer.PROCESS_LOCAL, "_scratch", "_overlap")
     _overlap: Overlap | None
 
     def __init__(
@@ -76,7 +77,7 @@ class GradientAverager(Averaging):
             raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
         named = _named(params)
         if strange := [name for name, each in named if not isinstance(each, nn.Parameter)]:
-            raise TypeError(f"wanted parameters, got a gradient, {strange[0]}: give gradients to reduce_gradients")
+            raise TypeError(f"wanted parameters, {strange[0]} is no nn.Parameter: give gradients to reduce_gradients")
         parameters = dict(cast(list[tuple[str, nn.Parameter]], named))
         super().__init__(Options(codec=codec, **options), parameters.items())
         if isinstance(params, nn.Module):
@@ -96,7 +97,7 @@ class GradientAverager(Averaging):
         self._overlap = None
 
     def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
-        """Meet the other ranks, and see that they are configured alike."""
+        """Connect to the other ranks, and compare configurations."""
         listed = [
             f"{self.layers.name(number)} {tuple(p.shape)} {p.stride()} {p.dtype}"
             for number, p in enumerate(self.parameters)
@@ -120,15 +121,15 @@ class GradientAverager(Averaging):
         """Replace the gradient of every parameter by its mean over ranks; one that is None counts as zeros.
 
         Raises:
-            RankFailed: another rank failed or does not come.
+            RankFailed: another rank failed, or did not answer within the timeout.
             RanksDiffer: ranks are not in step.
-            RuntimeError: an earlier reduction failed; start again from a checkpoint. Or a parameter was frozen, or no
-                longer is, since this was made.
+            RuntimeError: an earlier reduction failed: restart from a checkpoint. Or `requires_grad` of a parameter has
+                changed since this object was constructed.
         """
         for (name, parameter), needed in zip(self._given, self._needed, strict=True):
             if parameter.requires_grad != needed:
                 now = "requires a gradient now" if parameter.requires_grad else "requires no gradient any more"
-                raise RuntimeError(f"{name} {now}: make a new GradientAverager, and give it this one's state_dict()")
+                raise RuntimeError(f"{name} {now}: make a new GradientAverager, and load this one's state_dict() in it")
         if self._overlap is not None:
             self._overlap.finish()
             return
@@ -142,9 +143,16 @@ class GradientAverager(Averaging):
 
     @torch.no_grad()
     def reduce_all(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Gradients in the order of the parameters -> their means: the same tensors, but for sparse ones."""
+        """Average gradients over ranks. Raises as :meth:`reduce` does.
+
+        Args:
+            gradients: in the order of `parameters`.
+
+        Returns:
+            The means, in the same order: dense gradients changed in place, and new tensors for sparse ones.
+        """
         index = 0
-        with self.failing_together(lambda: f"bucket {index} of step {self._step}"):
+        with self.reporting_failure(lambda: f"bucket {index} of step {self._step}"):
             self.begin_step()
             buckets = self.buckets(gradients)
             for index, places in enumerate(buckets):
@@ -178,7 +186,7 @@ class GradientAverager(Averaging):
         return flat
 
     def _take_scratch(self, kind: tuple[torch.dtype, torch.device], numel: int) -> torch.Tensor:
-        """Memory for a bucket that nobody else uses; what an earlier one left, if it is large enough."""
+        """A flat buffer of at least `numel` elements: one that an earlier bucket has returned, or a new one."""
         held = self._scratch.get(kind, [])
         while held:
             if (scratch := held.pop()).numel() >= numel:
@@ -186,7 +194,11 @@ class GradientAverager(Averaging):
         return torch.empty(numel, dtype=kind[0], device=kind[1])
 
     def buckets(self, gradients: list[torch.Tensor]) -> list[list[int]]:
-        """Places in the list of parameters that are reduced together: the last first, a sparse gradient by itself."""
+        """Divide gradients into buckets of one dtype and device, the last gradient first.
+
+        Returns:
+            For each bucket the places of its gradients in the list. A sparse gradient is a bucket of its own.
+        """
         buckets: list[list[int]] = []
         room: dict[tuple[torch.dtype, torch.device], tuple[list[int], float]] = {}
         for place in reversed(range(len(gradients))):
@@ -220,21 +232,22 @@ def reduce_gradients(
         terncomm.reduce_gradients(model, "terngrad", transport)
         optimizer.step()
 
-    What it needs from call to call it keeps with the transport. For statistics and checkpoints use the object behind
-    it, :class:`GradientAverager`.
+    The state between calls is kept in the transport object. For statistics and checkpoints, use
+    :class:`GradientAverager` directly.
 
     Args:
         params: a module, or parameters: their `grad` is replaced. Or gradients themselves, in an iterable or by name in
             a mapping: torch tensors that require no gradient, or numpy arrays of float16, float32 or float64.
         codec: "terngrad", "int8", or a codec such as `Ternary(clip=2.5)`.
-        transport: this rank's.
-        step: of training, for the rounding noise; by default calls are counted. Give it when a run is resumed.
-        options: of :class:`GradientAverager`.
+        transport: this rank's transport.
+        step: number of the training step, for the rounding noise; by default calls are counted. Pass it when a run is
+            resumed.
+        options: see :class:`GradientAverager`.
 
     Raises:
-        TypeError, ValueError: an argument cannot be.
+        TypeError, ValueError: an argument is invalid.
         ConfigurationsDiffer, RanksDiffer: ranks called with different arguments.
-        RankFailed: another rank failed or does not come.
+        RankFailed: another rank failed, or did not answer within the timeout.
 
     >>> from terncomm.transports import LocalTransport
     >>> def work(transport):
@@ -269,10 +282,10 @@ def reduce_gradients(
         try:
             known[key] = GradientAverager(described, codec, transport, **options), needed
         except Exception as error:
-            if before is not None:  # other ranks have failed, perhaps with theirs
+            if before is not None:  # other ranks may have failed in the old averager: it is out of step
                 before[0].give_up(error)
             raise
-        if before is not None:  # parameters were frozen or thawed; steps are counted on
+        if before is not None:  # requires_grad of a parameter has changed; continue its steps
             known[key][0].load_state_dict(before[0].state_dict())
     averager: GradientAverager = known[key][0]
     if step is not None:
@@ -286,7 +299,11 @@ def reduce_gradients(
 
 
 def _named(params: Parameters) -> list[tuple[str, Gradient]]:
-    """Names and parameters, or gradients; without names they are numbered."""
+    """Pairs of a name and a parameter or gradient; without names, "parameter 0" and so on.
+
+    Raises:
+        TypeError, ValueError: `params` is not what :func:`reduce_gradients` takes, or a name occurs twice.
+    """
     if isinstance(params, DistributedDataParallel):
         raise TypeError("DistributedDataParallel reduces gradients itself: use terncomm.register(model, codec)")
     if isinstance(params, (torch.Tensor, np.ndarray)):
@@ -299,7 +316,7 @@ def _named(params: Parameters) -> list[tuple[str, Gradient]]:
     if len({name for name, _ in named}) < len(named):
         names = [name for name, _ in named]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two parameters are named {twice}: names tell them apart")
+        raise ValueError(f"two parameters are named {twice}: names must be unique")
     for name, each in named:
         if not isinstance(each, (torch.Tensor, np.ndarray)):
             raise TypeError(f"wanted torch tensors or numpy arrays, {name} is {type(each).__name__}")
@@ -307,10 +324,14 @@ def _named(params: Parameters) -> list[tuple[str, Gradient]]:
 
 
 def _writable(name: str, gradient: Gradient) -> torch.Tensor:
-    """A gradient as a tensor that shares its memory."""
+    """A gradient as a tensor that shares its memory.
+
+    Raises:
+        TypeError, ValueError: it cannot be replaced in place, or is not of floats.
+    """
     if isinstance(gradient, np.ndarray):
         if not gradient.flags.writeable:
-            raise ValueError(f"{name} is read-only: gradients are replaced in place")
+            raise ValueError(f"{name} is read-only, but gradients are replaced in place: give a writable array")
         try:
             gradient = torch.from_numpy(gradient)
         except (TypeError, ValueError) as error:
@@ -321,7 +342,10 @@ def _writable(name: str, gradient: Gradient) -> torch.Tensor:
         raise TypeError(f"{name} requires a gradient and is no nn.Parameter: give its .grad")
     strided = gradient.layout == torch.strided and gradient.numel() > 0
     if strided and any(s == 0 < n - 1 for s, n in zip(gradient.stride(), gradient.shape, strict=True)):
-        raise ValueError(f"{name} is expanded, several of its elements are one: gradients are replaced in place")
+        raise ValueError(
+            f"{name} is expanded: several of its elements share memory, so it cannot be replaced in place. Give a "
+            "contiguous copy"
+        )
     return gradient
 
 

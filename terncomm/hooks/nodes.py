@@ -1,4 +1,4 @@
-"""Which ranks share a node: what `intra_group` says, checked over all ranks."""
+"""Checks the option `intra_group` over all ranks, and opens the transports inside and between nodes."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ from terncomm.hooks.connection import Connection
 from terncomm.transports import Metered
 
 
-class Levels(NamedTuple):
-    """A rank's transports: to the ranks of its node, and to those of its place on every node."""
+class NodeTransports(NamedTuple):
+    """A rank's two transports: to the ranks of its node, and to the ranks with the same place in every node."""
 
     inside: Metered
     between: Metered
@@ -20,8 +20,8 @@ def node_of(group: dist.ProcessGroup, intra_group: dist.ProcessGroup) -> list[in
     """The ranks of this node, by their numbers in `group`, ascending.
 
     Raises:
-        TypeError: `intra_group` is no process group of this rank.
-        ValueError: it has ranks that `group` has not.
+        TypeError: `intra_group` is not a process group that contains this rank.
+        ValueError: `intra_group` has ranks that are not in `group`.
     """
     if not isinstance(intra_group, dist.ProcessGroup):
         raise TypeError(
@@ -34,12 +34,17 @@ def node_of(group: dist.ProcessGroup, intra_group: dist.ProcessGroup) -> list[in
     return sorted(map(everyone.index, here))
 
 
-def levels_between(connection: Connection, node: list[int], device: torch.device) -> Levels:
-    """Transports inside and between nodes. Collective over all ranks, each with its `node`, of equal length.
+def connect_nodes(connection: Connection, node: list[int], device: torch.device) -> NodeTransports:
+    """Open the transports inside and between nodes. Collective over all ranks.
+
+    Args:
+        connection: of all ranks.
+        node: the ranks of this rank's node, see :func:`node_of`; equally many on every rank.
+        device: where the message is allocated.
 
     Raises:
-        ValueError: on every rank: nodes that are not the same to all their ranks.
-        RankFailed: a rank is lost meanwhile.
+        ValueError: ranks of one node gave different groups. Every rank raises.
+        RankFailed: another rank failed meanwhile.
     """
     mine = torch.tensor(node, dtype=torch.int64, device=device)
     nodes = connection.transport.all_gather(mine.view(torch.uint8)).cpu().view(torch.int64).tolist()
@@ -53,4 +58,4 @@ def levels_between(connection: Connection, node: list[int], device: torch.device
         raise ValueError(f"intra_group: every rank must give the group of its own node's ranks, got {told}")
     place = node.index(rank)
     counterparts = [ranks[place] for first, ranks in enumerate(nodes) if ranks[0] == first]
-    return Levels(connection.among("inside", node), connection.among("between", counterparts))
+    return NodeTransports(connection.subgroup("inside", node), connection.subgroup("between", counterparts))

@@ -1,4 +1,4 @@
-"""What a user chooses of the averaging of gradients, the same for every engine."""
+"""The options of gradient averaging, the same for DDP, FSDP and training loops."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -13,26 +13,30 @@ from terncomm.path.stages import Stage, Staging
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of the averaging of gradients; equal on all ranks.
+    """Options of gradient averaging. They must be equal on all ranks.
 
     Args:
-        codec: "terngrad", "int8", "bf16", "fp16", or a codec such as `Ternary(clip=2.5)`. Or rules, of which the first
-            match wins: a mapping from patterns to codecs, names of codecs, or None for exactly. A pattern is a name or
-            shell pattern of parameters or modules, a class of modules, "embedding", "head" or "norm"; the last is
-            "default". As in `{"embedding": "int8", "*.lm_head": "int8", "default": "terngrad"}`.
-        skip: parameters that travel exactly, beside those exempt by rule: names, names of modules, shell patterns.
-        min_numel: parameters with fewer elements, or with one dimension, travel exactly (TernGrad's
-            `size_to_binarize`); "bf16" and "fp16" take them too.
-        warmup_steps: first steps in which everything travels exactly (TernGrad's `floating_grad_epoch`, in steps).
-        exchange: "auto", "gather" or "two_phase"; the result is the same bits.
-        seed: of the rounding noise.
-        exempt: groups found by the model's structure that travel exactly unless a rule names them, of "embedding" and
-            "head"; `()` codes them too, as published. "bf16" and "fp16" take them too.
-        stages: :class:`terncomm.path.stages.Stage`: what is done to the gradients of coded layers before they are
-            coded, and to their means. Under DDP without `intra_group`, and in a `GradientAverager`.
+        codec: "terngrad", "int8", "bf16", "fp16", or a codec such as `Ternary(clip=2.5)`. Or rules: a mapping from
+            patterns to codecs, names of codecs, or None for uncompressed. The first pattern that matches a parameter
+            wins. A pattern is a shell pattern for the name of a parameter or of a module that holds it, the class name
+            of such a module, "embedding", "head" or "norm". The last pattern must be "default". Example:
+            `{"embedding": "int8", "*.lm_head": "int8", "default": "terngrad"}`.
+        skip: parameters to be averaged uncompressed, in addition to `exempt`: shell patterns for the names of
+            parameters or modules.
+        min_numel: parameters with fewer elements, or fewer than two dimensions, are averaged uncompressed (TernGrad's
+            `size_to_binarize`). "bf16" and "fp16" compress them too.
+        warmup_steps: number of first steps in which all gradients are averaged uncompressed (TernGrad's
+            `floating_grad_epoch`, in steps).
+        exchange: "gather" (an all-gather of the codes), "two_phase" (an all-to-all of the codes, then an all-gather of
+            their sums) or "auto" (chosen by size). The result is the same, bit for bit.
+        seed: seed of the rounding noise.
+        exempt: "embedding", "head" or both: layers found by the model's structure, averaged uncompressed unless a rule
+            names them. `()` compresses them too, as published. "bf16" and "fp16" always compress them.
+        stages: each a :class:`terncomm.path.stages.Stage`, which changes the gradients of compressed layers before
+            encoding, and their means afterwards. For DDP without `intra_group`, and for a `GradientAverager`.
 
     Raises:
-        ValueError, TypeError: an option that cannot be.
+        ValueError, TypeError: an option is invalid.
     """
 
     codec: CodecLike = "terngrad"
@@ -43,7 +47,7 @@ class Options:
     seed: int = 0
     exempt: Collection[str] = GROUPS
     stages: Sequence[Stage] = ()
-    rules: Rules = field(init=False)  # what `codec` says
+    rules: Rules = field(init=False)  # made from `codec`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", Rules.of(self.codec))
@@ -58,7 +62,7 @@ class Options:
         Staging(self.stages)
 
     def compared(self) -> dict[str, Any]:
-        """What ranks compare before the first bucket."""
+        """The options that ranks compare before the first bucket, as JSON values."""
         return {
             "codec": repr(self.rules),
             "seed": self.seed,

@@ -1,4 +1,4 @@
-"""Reductions that overlap with the backward pass, for loops without DDP: hooks of parameters, and buckets in order."""
+"""Overlaps gradient reduction with the backward pass, for training loops without DDP, by hooks of parameters."""
 
 import threading
 import weakref
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from terncomm.path.message import Path, Turn
+from terncomm.path.message import Path, WaitForTurn
 from terncomm.path.pipeline import Pipeline
 from terncomm.torch_internals import multiply_all
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 class Overlap:
-    """Averages gradients bucket by bucket while the backward pass runs: the last layers first, one order for all.
+    """Averages gradients bucket by bucket while the backward pass runs, the last layers first.
 
-    Hooks of parameters count gradients; a bucket is submitted when all before it are, so every rank submits the same
-    buckets in the same order. Errors are raised by :meth:`finish`. Gradients on CUDA are averaged in `finish`, on the
-    caller's stream.
+    Hooks of parameters count gradients. A bucket is submitted when its gradients are there and all earlier buckets are
+    submitted, so the order is the same on every rank. Errors are raised by :meth:`finish`. Gradients on CUDA are
+    averaged in `finish`, on the caller's stream.
 
     Args:
-        averager: does the averaging.
-        passes: backward passes whose gradients add up before they are averaged.
-        factor: the mean is multiplied with it: W for a sum.
-        densifies: sparse gradients are made dense, in place of an error.
-        begin_step: begins the averager's step; by default as the averager does.
+        averager: gives the paths of the buckets.
+        passes: backward passes per step; their gradients are accumulated before they are averaged.
+        factor: the mean is multiplied by it; W gives the sum.
+        sparse_as_dense: whether sparse gradients are made dense; otherwise they are an error.
+        begin_step: called before the first bucket of a step; by default the averager's `begin_step`.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Overlap:
         *,
         passes: int = 1,
         factor: float = 1,
-        densifies: bool = False,
+        sparse_as_dense: bool = False,
         begin_step: Callable[[], None] | None = None,
     ) -> None:
         self._averager = weakref.proxy(averager)
         self.passes = passes
-        self._factor, self._densifies = factor, densifies
+        self._scale, self._sparse_as_dense = factor, sparse_as_dense
         self._begin_step = begin_step or self._averager.begin_step
         parameters = cast(list[nn.Parameter], averager.parameters)
         self._buckets = [[parameters[place] for place in places] for places in averager.buckets(list(parameters))]
@@ -64,19 +64,19 @@ class Overlap:
         weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
 
     def next_step(self) -> None:
-        """Wait for gradients anew."""
+        """Reset the counters of gradients for the next step."""
         self._left = dict.fromkeys(self._bucket_of, self.passes)
         self._missing = list(map(len, self._buckets))
         self._waits: list[Callable[[], object]] = []
 
     @property
     def idle(self) -> bool:
-        """Whether no gradient has come since the last step."""
+        """Whether no gradient has arrived since the last step."""
         return not self._waits and all(left == self.passes for left in self._left.values())
 
     @property
-    def under_way(self) -> bool:
-        """Whether a reduction was begun that nobody has waited for."""
+    def has_pending(self) -> bool:
+        """Whether reductions have begun for which :meth:`finish` has not waited yet."""
         return bool(self._waits)
 
     def arrived(self, parameter: nn.Parameter) -> None:
@@ -89,7 +89,8 @@ class Overlap:
             if self._left[parameter] == 0:
                 raise RuntimeError(
                     f"gradients were computed more than backward_passes_per_step={self.passes} times before step() or "
-                    "synchronize(): increase backward_passes_per_step to accumulate gradients"
+                    "synchronize(): increase backward_passes_per_step to accumulate gradients. With GradientAverager, "
+                    "call reduce() after every backward pass, or accumulate with overlap=False"
                 )
             self._left[parameter] -= 1
             if self._left[parameter] == 0:
@@ -97,7 +98,11 @@ class Overlap:
                 self._submit(lambda index: self._missing[index] == 0)
 
     def finish(self) -> None:
-        """Submit what is left, gradients that are None as zeros, and wait for all."""
+        """Submit the remaining buckets, with zeros for gradients that are None, and wait for all buckets.
+
+        Raises:
+            Exception: the error of the first bucket that failed.
+        """
         with self._lock:
             self._submit(lambda index: True)
         try:
@@ -118,7 +123,7 @@ class Overlap:
             self._waits.append(self._begin(index, self._path(index, bucket, gradients), gradients[0].is_cuda))
 
     def _begin(self, index: int, path: Path[torch.Tensor], on_cuda: bool) -> Callable[[], object]:
-        """Begin the path of a bucket; returns what waits for it."""
+        """Begin the path of a bucket. Returns a function that waits until the path has ended."""
         averager = self._averager
         where = f"bucket {index} of step {averager.step}"
 
@@ -127,25 +132,26 @@ class Overlap:
             return self._failed
 
         if on_cuda:
-            return lambda: averager.run_together(path, index, where)
+            return lambda: averager.run_reporting(path, index, where)
         return self._pipeline.submit(path, averager.transports, averager.clock, failing, index).wait
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, requires_grad=False)
         elif parameter.grad.layout != torch.strided:
-            if not self._densifies:
+            if not self._sparse_as_dense:
                 raise TypeError(
-                    f"gradients must be dense, got one of layout {parameter.grad.layout}: use sparse_as_dense=True"
+                    f"gradients must be dense, got one of layout {parameter.grad.layout}: use sparse_as_dense=True, or "
+                    "overlap=False with a GradientAverager"
                 )
             parameter.grad = parameter.grad.to_dense()
         return parameter.grad
 
     def _path(self, index: int, bucket: list[nn.Parameter], gradients: list[torch.Tensor]) -> Path[torch.Tensor]:
-        yield Turn()  # a bucket is copied, and only those near their turn should be
+        yield WaitForTurn()  # the path copies its bucket: wait, so that few copies exist at a time
         with torch.no_grad():
             final = index == len(self._buckets) - 1
             yield from self._averager.bucket_path(index, cast(list[torch.Tensor], bucket), gradients, final=final)
-            if self._factor != 1:
-                multiply_all(gradients, self._factor)
+            if self._scale != 1:
+                multiply_all(gradients, self._scale)
         return gradients[0]

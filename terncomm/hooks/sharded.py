@@ -1,4 +1,4 @@
-"""What both generations of FSDP share: the state, and a unit, the parameters that are reduced together."""
+"""The base of FSDP1 and FSDP2: the state of a model, and a unit, which is the parameters reduced together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,26 +7,27 @@ from typing import Any
 import torch
 
 from terncomm.codecs import Codec
-from terncomm.hooks.averaging import Averaging
+from terncomm.hooks.reducer import GradientReducer
 from terncomm.keys import Key
 from terncomm.path.reduce import reduce_scatter
 from terncomm.path.shards import Shards
 
 
-class ShardState(Averaging):
-    """What :func:`terncomm.register` returns for a sharded model: statistics, switches, checkpoint.
+class ShardState(GradientReducer):
+    """The state of an FSDP model, as returned by :func:`terncomm.register`: statistics, switches and checkpoints.
 
-    Options are those of :class:`terncomm.CommState`. A step is a reduction of each FSDP module's parameters.
+    Options are those of :class:`terncomm.CommState`. Each unit counts its own steps, one per reduction; the step of the
+    state is the highest of them.
     """
 
-    OWN = (*Averaging.OWN, "_units")
+    PROCESS_LOCAL = (*GradientReducer.PROCESS_LOCAL, "_units")
 
     def _detach(self) -> None:
         super()._detach()
         self._units: list[Unit] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`terncomm.CommState`; `steps` are of each FSDP module, which may be used unequally often."""
+        """As of :class:`terncomm.CommState`, and "steps": one for each unit, which may be used unequally often."""
         return {**super().state_dict(), "steps": [unit.step for unit in self._units]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -38,19 +39,24 @@ class ShardState(Averaging):
 
     @property
     def units(self) -> "list[Unit]":
-        """What FSDP reduces together, in the order of the model."""
+        """The units, in the order of the model's modules."""
         return self._units
 
     @property
     def world_size(self) -> int:
-        """W."""
+        """Number of ranks, W: of the mesh; with `replicas`, of the replicas."""
         return self.transports["all"].world_size
 
 
 class Unit(ABC):
-    """Parameters that FSDP reduces together, as number `index` of the model.
+    """The parameters that FSDP reduces together.
 
-    known: of those that required a gradient when terncomm was registered, by place: number, and codec or None.
+    Args:
+        state: of the model.
+        index: of this unit in the model; ranks compare it as they compare a bucket's index.
+        name: of the module, for messages.
+        known: place in the unit -> (number of the parameter, codec or None for uncompressed), of the parameters that
+            required a gradient at registration.
     """
 
     def __init__(self, state: ShardState, index: int, name: str, known: dict[int, tuple[int, Codec | None]]) -> None:
@@ -69,22 +75,30 @@ class Unit(ABC):
     def lay(
         self, places: Sequence[int], numbers: Sequence[int], codecs: Sequence[Codec | None], world_size: int, numel: int
     ) -> Shards:
-        """The layout of these parameters in a buffer, which should have `numel` elements."""
+        """The layout of some parameters in FSDP's buffer.
+
+        Args:
+            places: of the parameters in this unit.
+            numbers, codecs: of these parameters; None: uncompressed.
+            world_size: number of rows of the buffer, W.
+            numel: elements of the buffer. The layout may need another number, see :meth:`shards`.
+        """
 
     def shards(self, world_size: int, numel: int) -> tuple[Shards, Shards]:
-        """The layout of a buffer of `numel` elements, and the same with nothing coded.
+        """The layout of a buffer of `numel` elements, and the same layout with all parameters uncompressed.
 
-        Where the parameters do not make as many, some got no gradient, and which cannot be told: nothing is coded.
+        If the parameters' sizes do not add up to `numel`, some had no gradient, and FSDP does not say which. Then both
+        layouts are uncompressed.
 
         Raises:
-            RuntimeError: a parameter is new to terncomm.
+            RuntimeError: a parameter requires a gradient now, and did not at registration.
         """
         key = places, _, _ = self.needed(), world_size, numel
         if key not in self._made:
             if not self._known.keys() >= set(places):
                 raise RuntimeError(
-                    f"a parameter of {self.name} required no gradient when terncomm.register was called, and does now: "
-                    "register first, freeze after that"
+                    f"a parameter of {self.name} required no gradient when terncomm.register was called, but requires "
+                    "one now: call register before parameters are frozen"
                 )
             numbers, codecs = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
             made, plain = (
@@ -92,10 +106,10 @@ class Unit(ABC):
             )
             if made.row * world_size != numel:
                 text = (
-                    f"FSDP reduces {numel} elements of {self.name}, whose parameters make {made.row * world_size}: "
-                    "some of them got no gradient, and which cannot be told. All of this module's travel exactly then"
+                    f"FSDP reduces {numel} elements of {self.name}, but its parameters need {made.row * world_size}: "
+                    "some had no gradient, and FSDP does not say which. So this module's gradients are not compressed"
                 )
-                self.state.complain(text)
+                self.state.warn(text)
                 made = plain = Shards(
                     [], [(None, [[(0, numel // world_size)]] * world_size)], numel // world_size, world_size
                 )
@@ -103,42 +117,42 @@ class Unit(ABC):
         return self._made[key]
 
     def begin(self) -> tuple[Key, str]:
-        """A reduction of these parameters begins."""
+        """Begin a reduction. Returns its key, and its module and step in words, for messages."""
         state, self.step = self.state, self.step + 1
         if self.step > state.step:
             state.begin_step(self.step)
         return Key(state.seed, self.step, self.index), f"{self.name} of step {self.step}"
 
     def reduce_scatter(self, flat: torch.Tensor, out: torch.Tensor, divisor: float | None = None) -> None:
-        """Leave the sum of this rank's row of `flat`, divided by `divisor` (by W if there is none), in `out`."""
+        """Sum `flat`, (W k,), over ranks, divide by `divisor` (None: by W), write this rank's row to `out`, (k,)."""
         state = self.state
         key, where = self.begin()
-        with state.failing_together(lambda: where):
+        with state.reporting_failure(lambda: where):
             state.check_arrived()
             coded, plain = self.shards(state.world_size, flat.numel())
-            shards = coded if state.codes_in(key.step) else plain
+            shards = coded if state.compresses_at(key.step) else plain
             complaint = None
-            if state.clip_watch.looks(key.step):
+            if state.clip_watch.measures_at(key.step):
                 for group in shards.coded:
                     whole = torch.cat(group.whole(flat))
-                    found = state.clip_watch.look_at(whole, [(group.codec, group.layers)], key.step)
+                    found = state.clip_watch.measure(whole, [(group.codec, group.layers)], key.step)
                     complaint = complaint or found
             context = state.context(key, state.transports["all"])
             over = state.world_size if divisor is None else divisor
-            path = reduce_scatter(flat, shards, context, divisor=over, out=out, later=state.later(flat))
+            path = reduce_scatter(flat, shards, context, divisor=over, out=out, unchecked=state.unchecked(flat))
             state.run(path, key.bucket)
             numbers = {"coded_numel": shards.coded_numel, "exact_numel": shards.exact_numel}
             state.statistics.add(raw_bytes=flat.nbytes, **numbers)
-            state.complain(complaint)
+            state.warn(complaint)
 
     def all_reduce(self, row: torch.Tensor, rank: int, ranks: int) -> None:
-        """Leave the mean over ranks of a row, that of shard `rank` of `ranks`, in its place."""
+        """Replace `row`, (k,), by its mean over ranks. It is row `rank` of a buffer of `ranks` rows."""
         state = self.state
         key, where = self.begin()
-        with state.failing_together(lambda: where):
+        with state.reporting_failure(lambda: where):
             state.check_arrived()
-            if row.is_cuda:  # made on FSDP's stream for reduce-scatter, used on that for all-reduce
+            if row.is_cuda:  # allocated on FSDP's reduce-scatter stream, used on its all-reduce stream
                 row.record_stream(torch.cuda.current_stream(row.device))
             coded, plain = self.shards(ranks, row.numel() * ranks)
-            shards = coded if state.codes_in(key.step) and state.world_size > 1 else plain
-            state.run(state.dense(row, shards.bucket(rank), key), key.bucket)
+            shards = coded if state.compresses_at(key.step) and state.world_size > 1 else plain
+            state.run(state.dense_path(row, shards.bucket(rank), key), key.bucket)

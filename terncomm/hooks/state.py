@@ -1,4 +1,4 @@
-"""The state of the DDP hook: what averages gradients, and where that runs."""
+"""The state of the DDP hook. It averages buckets on threads of its own (CPU) or on a side stream (CUDA)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,9 +9,9 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from terncomm.codecs import CodecLike
 from terncomm.hooks.agreement import agree_on
-from terncomm.hooks.averaging import Averaging
 from terncomm.hooks.connection import Connection, connect
 from terncomm.hooks.options import Options
+from terncomm.hooks.reducer import GradientReducer
 from terncomm.hooks.stream import SideStream
 from terncomm.path.message import Path
 from terncomm.path.pipeline import Pipeline
@@ -19,27 +19,27 @@ from terncomm.torch_internals import default_group
 from terncomm.transports import Metered, Transport
 
 
-class CommState(Averaging):
-    """The state that goes with :func:`comm_hook`: which codec, what travels exactly, how far training is.
+class CommState(GradientReducer):
+    """The state of :func:`comm_hook`: options, step counter and statistics.
 
     Args:
         codec: a codec, its name, or rules.
-        named_parameters: of the model, for `skip`, rules and names in statistics; `register` gives them by itself.
-        process_group: the group that the DDP model was made with, which a bucket does not tell; by default the
-            default group. `register` gives it by itself.
-        transport: moves the bytes, in place of a process group of our own; see :func:`terncomm.register`.
-        options: see :class:`terncomm.hooks.options.Options`. Without a model (the plain pair of state and hook) there
-            is no structure, so embeddings and the output head are not found.
+        named_parameters: of the model, for `skip`, rules and names in statistics. `register` passes them.
+        process_group: the process group of the DDP model, which its buckets do not contain; by default the default
+            group. `register` passes it.
+        transport: sends the bytes, in place of a private process group; see :func:`terncomm.register`.
+        options: see :class:`terncomm.hooks.options.Options`. Without `register` the state does not see the model's
+            structure, so `exempt` finds no embeddings and no output head: name them in `skip`.
 
     Raises:
-        ValueError, TypeError: an option that cannot be.
+        ValueError, TypeError: an option is invalid.
 
     Note:
-        Parameters that are not in `named_parameters` are numbered as they are first seen, so that the noise depends on
-        how DDP cuts its buckets. In a world of one rank nothing is coded: the gradients stay as they are.
+        Parameters that are not in `named_parameters` are numbered in the order in which they are first seen. Their
+        rounding noise then depends on DDP's buckets. With a single rank nothing is compressed: gradients do not change.
     """
 
-    OWN = (*Averaging.OWN, "_group", "_given", "_pipeline", "_side_stream")
+    PROCESS_LOCAL = (*GradientReducer.PROCESS_LOCAL, "_group", "_given", "_pipeline", "_side_stream")
 
     def __init__(
         self,
@@ -59,11 +59,15 @@ class CommState(Averaging):
         self._side_stream = SideStream()
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        self._group, self._given = None, None  # a copy is of the default group
+        self._group, self._given = None, None  # a copy uses the default group
         super().__setstate__(saved)
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Begin to average a bucket of DDP; the future holds its buffer, or raises."""
+        """Begin to average a bucket of DDP.
+
+        Returns:
+            A future of the mean: the bucket's buffer, (n,), changed in place, or a new tensor if it is sparse.
+        """
         buffer, index = bucket.buffer(), bucket.index()
         if self.transport is None:
             self._connect_late(buffer.device)
@@ -79,15 +83,18 @@ class CommState(Averaging):
             return self.fail(error, where, phase)
 
         if buffer.is_cuda:
-            return self._side_stream.submit(lambda: self.run_together(path, index, where), buffer.device)
+            return self._side_stream.submit(lambda: self.run_reporting(path, index, where), buffer.device)
         return self._pipeline.submit(path, self.transports, self.clock, failing, index)
 
     def meet(self, device: torch.device, configuration: dict[str, Any]) -> Connection | None:
-        """Meet the other ranks, compare configurations, and use what connects them; None over a given transport.
+        """Connect to the other ranks, and compare configurations.
+
+        Returns:
+            The connection; None with a transport of the user's own.
 
         Raises:
             RankFailed, ConfigurationsDiffer: see :func:`terncomm.hooks.connection.connect`.
-            ValueError: the transport is not among the ranks of the process group.
+            ValueError: rank or world size of the transport are not those of the process group.
         """
         group = self._group or default_group()
         if self._given is None:
@@ -98,16 +105,17 @@ class CommState(Averaging):
         here, there = (transport.rank, transport.world_size), (group.rank(), group.size())
         if here != there:
             raise ValueError(
-                f"transport: rank {here[0]} of {here[1]}, in the model's process group {there[0]} of {there[1]}"
+                f"transport: wanted rank {there[0]} of {there[1]}, as in the model's process group, got rank {here[0]} "
+                f"of {here[1]}"
             )
         agree_on(configuration, transport, device=device)
         self.connect(transport)
         return None
 
     def _connect_late(self, device: torch.device) -> None:
-        """Meet the other ranks at the first bucket, where :func:`terncomm.register` has not done so."""
-        if self._had_levels:
-            raise RuntimeError("this CommState was copied, without its intra_group: call terncomm.register anew")
+        """Connect at the first bucket, if :func:`terncomm.register` was not called."""
+        if self._had_nodes:
+            raise RuntimeError("this CommState was copied, without its intra_group: call terncomm.register again")
         if self._had_transport and self._given is None:
             raise RuntimeError("this CommState was copied, without its transport: make a new one with transport=")
         self.meet(device, self.configuration())

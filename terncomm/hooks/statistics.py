@@ -1,4 +1,4 @@
-"""What a state counts, and what clipping takes from layers."""
+"""Statistics of a state, and the share of each layer's gradient norm that is clipped."""
 
 import warnings
 from collections import Counter
@@ -16,19 +16,19 @@ from terncomm.transports import Metered
 
 _log = getLogger("terncomm")
 
-_CLIP_WARNING = 0.3  # share of a layer's gradient norm
-_CLIP_STEPS, _CLIP_EVERY = 3, 100  # the first coded steps, and every so many after, are looked at
-_NOT_CODECS = ("exact", "intra", "scales", "checks", "lengths")  # of the labels that a path counts bytes under
+_CLIP_WARNING = 0.3  # warn if more than this share of a layer's gradient norm is clipped
+_CLIP_STEPS, _CLIP_EVERY = 3, 100  # measured in the first 3 compressed steps, then in every 100th
+_NOT_CODECS = ("exact", "intra", "scales", "checks", "lengths")  # labels of counted bytes that are no codec's name
 
 
 class Watching(Protocol):
-    """What is told of a state's steps: :class:`terncomm.Watch`."""
+    """Interface of an observer of a state's steps, such as :class:`terncomm.Watch`."""
 
-    def step_begins(self) -> None:
-        """Before each step."""
+    def on_step(self) -> None:
+        """Called before each step."""
 
-    def statistics_end(self) -> None:
-        """Before statistics are reset."""
+    def on_reset(self) -> None:
+        """Called before statistics are reset."""
 
 
 class Statistics:
@@ -38,7 +38,7 @@ class Statistics:
         self.account = Account()
         self.watches: list[Watching] = []
         self._counts: Counter[str] = Counter()
-        self._transports: dict[str, tuple[Metered, int]] = {}  # and what each had sent before
+        self._transports: dict[str, tuple[Metered, int]] = {}  # and its sent_bytes when counting began
 
     def connect(self, transports: Mapping[str, Metered]) -> None:
         """Count what these transports send from now on."""
@@ -50,22 +50,22 @@ class Statistics:
         self._counts["coded_numel"] += coded_numel
         self._counts["exact_numel"] += exact_numel
 
-    def step_begins(self) -> None:
-        """Count a step, and tell those that watch."""
-        for each in list(self.watches):  # one may end
-            each.step_begins()
+    def on_step(self) -> None:
+        """Call all observers, then count a step."""
+        for each in list(self.watches):  # a copy: an observer may remove itself
+            each.on_step()
         self._counts["steps"] += 1
 
     def reset(self) -> None:
         """Start counting from zero."""
         for each in self.watches:
-            each.statistics_end()
+            each.on_reset()
         self._counts.clear()
         self.account = Account()
         self.connect({group: each for group, (each, _) in self._transports.items()})
 
     def read(self) -> dict[str, int | float]:
-        """The counters by name; see :meth:`terncomm.hooks.averaging.Averaging.stats`."""
+        """The counters by name; see :meth:`terncomm.hooks.reducer.GradientReducer.stats`."""
         clock, labels = self.account.clock, self.account.sent_bytes
         sent = {group: each.sent_bytes - before for group, (each, before) in self._transports.items()}
         return {
@@ -81,11 +81,13 @@ class Statistics:
 
 
 class ClipWatch:
-    """Looks now and then at what clipping takes from each layer, for it takes time, and complains once if it is much.
+    """Measures which share of each layer's gradient norm is clipped, in some steps only, for it takes time.
+
+    On CPU the first share above 30 % gives a warning. On CUDA the shares are only reported, by :meth:`read`.
 
     Args:
-        name: of a layer, by its number.
-        warmup_steps: steps before the first in which anything is coded.
+        name: number of a layer -> its name.
+        warmup_steps: number of steps before the first compressed one.
     """
 
     def __init__(self, name: Callable[[int], str], warmup_steps: int) -> None:
@@ -94,28 +96,28 @@ class ClipWatch:
         self._unread: dict[tuple[int, ...], torch.Tensor] = {}  # shares that are still on a CUDA device
         self._complained = False
 
-    def looks(self, step: int) -> bool:
-        """Whether this step is looked at."""
+    def measures_at(self, step: int) -> bool:
+        """Whether clipping is measured in this step."""
         since = step - self._warmup_steps
         return since < _CLIP_STEPS or since % _CLIP_EVERY == 0
 
-    def look(self, flat: torch.Tensor, bucket: Bucket, step: int) -> str | None:
-        """Note the shares of a bucket's coded layers; a complaint, or None."""
-        return self.look_at(flat, ((group.codec, group.layers) for group in bucket.coded), step)
+    def measure_bucket(self, flat: torch.Tensor, bucket: Bucket, step: int) -> str | None:
+        """Measure the compressed layers of `flat`, (n,). Returns the text of a warning, or None."""
+        return self.measure(flat, ((group.codec, group.layers) for group in bucket.coded), step)
 
-    def look_at(self, flat: torch.Tensor, groups: Iterable[tuple[Codec, Segments]], step: int) -> str | None:
-        """The same for layers of a buffer, each under a codec."""
-        if not self.looks(step):
+    def measure(self, flat: torch.Tensor, groups: Iterable[tuple[Codec, Segments]], step: int) -> str | None:
+        """As :meth:`measure_bucket`, with the layers given as pairs of a codec and its layers."""
+        if not self.measures_at(step):
             return None
-        complaints = [self._look(flat, codec, layers) for codec, layers in groups]
+        complaints = [self._measure(flat, codec, layers) for codec, layers in groups]
         return next(filter(None, complaints), None)
 
-    def _look(self, flat: torch.Tensor, codec: Codec, layers: Segments) -> str | None:
+    def _measure(self, flat: torch.Tensor, codec: Codec, layers: Segments) -> str | None:
         lost = codec.norm_lost(flat, layers)
         if lost is None:
             return None
         numbers = layers.layers.tolist()
-        if lost.is_cuda:  # read when statistics are asked for; the device must not be waited for here
+        if lost.is_cuda:  # :meth:`read` copies it to the host; here the host must not wait for the device
             self._unread[tuple(numbers)] = lost
             return None
         self._lost.update(zip(numbers, lost.tolist(), strict=True))
@@ -130,18 +132,18 @@ class ClipWatch:
         )
 
     def read(self) -> dict[str, float]:
-        """The share of each layer when last looked at, as clip_norm_lost/NAME."""
+        """clip_norm_lost/NAME: the share of each layer, in [0, 1], when last measured."""
         for numbers, lost in self._unread.items():
             self._lost.update(zip(numbers, lost.tolist(), strict=True))
         self._unread.clear()
         return {f"clip_norm_lost/{self._name(number)}": lost for number, lost in sorted(self._lost.items())}
 
 
-def advise(text: str, rank: int) -> None:
+def warn_on_rank_0(text: str, rank: int) -> None:
     """Warn on rank 0."""
     if rank != 0:
         return
     try:
         warnings.warn(text, stacklevel=2)
-    except UserWarning:  # a filter made it an error: one rank alone must not stop for advice
+    except UserWarning:  # the user's filter makes warnings errors, but rank 0 must not stop alone
         _log.warning(text)

@@ -1,9 +1,9 @@
-"""The kernels, and the only place that chooses between their implementations.
+"""The kernels. This module chooses between their implementations; no other module does.
 
-`reference` defines every kernel in plain torch. A table gives each device type a back end; what a back end lacks, and
-device types without one, the reference serves. The CPU has the Numba kernels of `cpu`, device type "meta" the shapes of
-`shapes`, and :func:`use` registers others. Where Numba cannot be imported the reference serves the CPU too, after one
-warning: it is some 80 times slower.
+`reference` defines every kernel in plain torch. A table maps each device type to a back end: "cpu" to the Numba kernels
+of `cpu`, "meta" to the shapes of `shapes`. :func:`use` registers others. The reference runs if a device type has no
+back end, or if its back end lacks the kernel. If Numba cannot be imported, the reference runs on the CPU too, about 80
+times slower, and one warning is logged.
 """
 
 import importlib
@@ -49,20 +49,20 @@ __all__ = [
 
 _log = logging.getLogger("terncomm")
 
-_LOCK_S = 60.0  # some times what compiling takes
+_LOCK_S = 60.0  # several times the usual compile time
 
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Hold this user's compile lock, so that one process compiles and the others find its cache.
+    """Hold this user's compile lock, so that one process compiles and the others load its cache.
 
-    Not for ever: whoever holds it may have been stopped. Without it a process compiles for itself.
+    Waits at most _LOCK_S seconds, because the process that holds the lock may hang. Then compiles without the lock.
     """
     try:
         import fcntl
 
         lock = os.open(_private_folder() / "compile.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except (ImportError, OSError):  # no flock, or nowhere to lock
+    except (ImportError, OSError):  # no flock, or no folder for the lock file
         yield
         return
     try:
@@ -81,16 +81,16 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 def _private_folder() -> Path:
-    """A folder among temporary files that only this user can write to.
+    """A folder in the temporary directory that only this user can write to; made if missing.
 
     Raises:
-        OSError: there is none; another user has taken the name.
+        OSError: the folder cannot be made, or it belongs to another user.
     """
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"terncomm-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != user):
-        raise PermissionError(f"{folder} belongs to another user")
+        raise PermissionError(f"{folder} belongs to another user; set TMPDIR to a directory of your own")
     return folder
 
 
@@ -100,7 +100,7 @@ def _import_kernels() -> ModuleType:
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        import numba  # a read-only installation and no home folder: keep the cache among temporary files
+        import numba  # read-only installation and no home folder: the cache goes to the temporary directory
 
         numba.config.CACHE_DIR = str(_private_folder() / "numba")  # type: ignore[attr-defined]
         return importlib.import_module("terncomm.ops.cpu")
@@ -108,10 +108,14 @@ def _import_kernels() -> ModuleType:
 
 @cache
 def compile_kernels() -> ModuleType:
-    """Compile the CPU kernels, or load them from Numba's cache; log how long it took. Returns their module."""
+    """Compile the CPU kernels, or load them from Numba's cache, and log how long it took.
+
+    Returns:
+        Module `cpu`; or `reference`, after a warning, if Numba cannot be imported.
+    """
     begin = time.perf_counter()
     try:
-        importlib.import_module("numba")  # not under the lock: only compiling needs to be done once
+        importlib.import_module("numba")  # before the lock is taken: only compiling needs it
         with _one_at_a_time():
             module = _import_kernels()
     except ImportError as error:
@@ -122,22 +126,27 @@ def compile_kernels() -> ModuleType:
 
 
 class _Kernels:
-    """The back end of the CPU: `cpu`, or `reference` without Numba; compiled when a function is first asked for."""
+    """The back end of the CPU: `cpu`, or `reference` without Numba. The first access to a kernel compiles them all."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(compile_kernels(), name)
 
 
 _back_ends: dict[str, object] = {"cpu": _Kernels(), "meta": shapes}
-_found: dict[tuple[str, str], Callable[..., Any]] = {}  # by device type and name, until a back end changes
+_found: dict[tuple[str, str], Callable[..., Any]] = {}  # by device type and kernel; cleared when a back end changes
 _told: set[tuple[str, str]] = set()
 
 
 def use(device_type: str, back_end: object | None) -> object | None:
-    """Let `back_end` serve the tensors of a device type, such as "cuda"; returns what did before, for another call.
+    """Use the kernels of `back_end` for tensors of a device type, such as "cuda".
 
-    A back end is a module or an object with some of the functions of :mod:`terncomm.ops.reference`, of the same
-    arguments. What it lacks the reference does. `None`: the reference does everything.
+    Args:
+        device_type: as in `torch.device.type`.
+        back_end: a module or an object with some of the functions of :mod:`terncomm.ops.reference`, with the same
+            arguments. For the functions that it lacks, the reference runs. None: the reference runs for all.
+
+    Returns:
+        The back end that was registered before, or None; give it to `use` to restore it.
 
     >>> class Mine:
     ...     def peaks(self, flat, segments):
@@ -155,7 +164,7 @@ def use(device_type: str, back_end: object | None) -> object | None:
 
 
 def _function(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The function that serves the device of `tensor`."""
+    """The kernel `name` for the device of `tensor`, from its back end or the reference."""
     device_type = tensor.device.type
     function = _found.get((device_type, name))
     if function is None:
@@ -168,12 +177,12 @@ def _function(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
 
 
 def _tell_fallback(device_type: str, name: str) -> None:
-    """Log once that plain torch does what a device has no kernel for; the CPU says it of all its kernels at once."""
+    """Warn, once per device type and kernel, that plain torch runs. For the CPU, `compile_kernels` has warned."""
     if device_type in ("cpu", "meta") or (device_type, name) in _told:
         return
     _told.add((device_type, name))
     _log.warning(
-        "no kernel for %s on %s: plain torch does it, in some 30 passes over the gradients instead of one",
+        "no kernel for %s on %s: plain torch runs instead, with about 30 passes over the gradients instead of one",
         name,
         device_type,
     )
@@ -181,22 +190,22 @@ def _tell_fallback(device_type: str, name: str) -> None:
 
 def _check_width(rows: torch.Tensor, how: Packing, length: int) -> None:
     if rows.shape[1] < how.nbytes(length):
-        raise ValueError(f"{length} codes take rows of {how.nbytes(length)} bytes, got {tuple(rows.shape)}")
+        raise ValueError(f"{length} codes take rows of {how.nbytes(length)} bytes, got shape {tuple(rows.shape)}")
 
 
 def _check_edges(edges: Sequence[int], rows: int, segments: Segments, length: int) -> None:
     if len(edges) != rows + 1:
-        raise ValueError(f"{rows} rows have {rows + 1} edges, got {len(edges)}")
+        raise ValueError(f"{rows} rows need {rows + 1} edges, got {len(edges)}")
     fits = all(0 <= end - begin <= length for begin, end in itertools.pairwise(edges))
     if not fits or edges[0] < 0 or edges[-1] > segments.numel:
         raise ValueError(
-            f"edges must rise from 0 or more to at most {segments.numel}, by at most {length}, got {list(edges)}"
+            f"edges must ascend within 0..{segments.numel}, in steps of at most {length}, got {list(edges)}"
         )
 
 
 def _check_top(top: int) -> None:
     if not 1 <= top <= 127:
-        raise ValueError(f"code + top is kept in 8 bits: top must be in 1..127, got {top}")
+        raise ValueError(f"code + top is stored in 8 bits: top must be in 1..127, got {top}")
 
 
 def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
@@ -242,7 +251,7 @@ def encode_pack(
 def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> torch.Tensor:
     """See :func:`terncomm.ops.reference.pack`."""
     if out is not None and out.shape != (how.nbytes(len(codes)),):
-        raise ValueError(f"{len(codes)} codes take {how.nbytes(len(codes))} bytes, got room for {tuple(out.shape)}")
+        raise ValueError(f"{len(codes)} codes take {how.nbytes(len(codes))} bytes, out has shape {tuple(out.shape)}")
     return _function("pack", codes)(codes, how, out)  # type: ignore[no-any-return]
 
 

@@ -1,15 +1,19 @@
-"""The loops behind :mod:`terncomm.ops.cpu`: serial, `nogil` Numba functions, bit-equal to `reference.py`.
+"""The loops of :mod:`terncomm.ops.cpu`: serial, `nogil` Numba functions, bit-equal to `reference.py`.
 
-Every kernel works on one contiguous piece, so that callers can hand pieces to threads. Signatures are given in
-full: importing this module compiles what the on-disk cache lacks, and nothing compiles later. Inner loops have a
-constant trip count, typed constants and selects instead of branches; that is what lets the compiler vectorise them.
+Every kernel works on one contiguous range, so that callers can give ranges to threads. Every kernel has an explicit
+signature: importing this module compiles the kernels that the on-disk cache lacks, and nothing compiles later. Inner
+loops have a constant trip count, typed constants, and selects instead of branches, so that the compiler can vectorise
+them.
 
-Arguments shared by the kernels (see :class:`terncomm.ops.reference.Rounding`):
-    offsets, starts, bases: (L,), (L + 1,), (L,) int64; a segment's place in the flat buffer, in the dense order of
-        coded elements, and inside its layer.
-    limit, lift, scale: (L,) float32; keys: (L, 2) uint32.
-    memory, stride: rows of bytes; row r begins at memory[r * stride]. A two-dimensional array with such a stride would
-        not be contiguous for Numba, which then does not vectorise.
+Arguments shared by the kernels:
+    offsets, starts, bases: (L,), (L + 1,), (L,) int64; the first element of each segment, as an index into the flat
+        buffer, among the dense elements, and inside its layer.
+    limit, lift, scale: (L,) float32; keys: (L, 2) uint32; see :class:`terncomm.ops.types.Rounding`.
+    top: in the encoding kernels, int32 levels << 24; in `narrow` and `widen`, the largest code.
+    low, radix, digits, word_bytes: see :class:`terncomm.ops.types.Packing`.
+    unit: (3, L) float32; see :func:`terncomm.ops.reference.split_unit`.
+    memory, stride: rows of bytes; row r begins at memory[r * stride]. The array is flat because Numba does not
+        vectorise loops over a two-dimensional array whose rows are not adjacent.
     edges: (R + 1,) int64; row r holds the dense elements [edges[r], edges[r + 1]).
 """
 
@@ -21,9 +25,9 @@ I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
 
 GROUP = 64  # columns of a planar block, and lanes of a float sum
 CHUNK = 4096  # elements summed in float32 before float64 takes over
-BYTES = 1024  # codes of a byte each that are added up at a time
+BYTES = 1024  # one-byte codes that are summed over the rows at a time
 
-_W0, _W1 = U32(0x9E3779B9), U32(0xBB67AE85)  # the steps of the two sequences of the noise
+_W0, _W1 = U32(0x9E3779B9), U32(0xBB67AE85)  # increments of the two Weyl sequences of the noise
 _LANES0, _LANES1 = (np.arange(GROUP, dtype=np.uint32) * step for step in (_W0, _W1))
 _C1, _C2 = U32(0x21F0AAAD), U32(0x735A2D97)
 _S8, _S15, _S16 = U32(8), U32(15), U32(16)
@@ -42,7 +46,10 @@ _inline = numba.njit(inline="always", nogil=True, error_model="numpy", boundsche
 
 @_inline
 def _mix(a, b):
-    """24 random bits. Every operation is cast back: Numba widens uint32 arithmetic to 64 bits."""
+    """24 random bits from one value of each Weyl sequence; see `noise` in `reference.py`.
+
+    Every result is cast back to uint32, because Numba widens uint32 arithmetic to 64 bits.
+    """
     x = U32(a ^ U32(b >> _S8))
     x = U32(U32(U32(x ^ U32(x >> _S16)) * _C1) + b)
     x = U32(U32(x ^ U32(x >> _S15)) * _C2)
@@ -51,7 +58,7 @@ def _mix(a, b):
 
 @_inline
 def _begin(counter, key0, key1):
-    """The elements of both sequences at `counter`; those of lane j lie _LANES0[j] and _LANES1[j] on."""
+    """The values of both Weyl sequences at `counter`; those at counter + j are _LANES0[j] and _LANES1[j] higher."""
     return U32(U32(counter * _W0) + key0), U32(U32(counter * _W1) + key1)
 
 
@@ -63,7 +70,7 @@ def _noise(counter, key0, key1):
 
 @_inline
 def _round(value, limit, lift, scale, top, chance):
-    """One code: |value| clamped, scaled to 24 fractional bits, plus 24 random bits, floor, sign restored."""
+    """The code of one value: clamp |value|, scale it to 24 fractional bits, add 24 random bits, floor, restore sign."""
     magnitude = abs(value)
     magnitude = magnitude if magnitude < limit else limit
     fixed = I32((magnitude * lift) * scale)
@@ -74,7 +81,7 @@ def _round(value, limit, lift, scale, top, chance):
 
 @_jit("int64(int64[::1], int64)")
 def _find(starts, position):
-    """The last segment that begins at or before `position`."""
+    """Index of the last segment that begins at or before dense element `position`."""
     low, high = 0, len(starts) - 2
     while low < high:
         middle = (low + high + 1) >> 1
@@ -91,7 +98,7 @@ _FACTORS = "float32[::1], float32[::1], float32[::1], uint32[:, ::1]"
 
 @_jit(f"void(float32[::1], {_LAYOUT}, {_FACTORS}, int32, int64, int64, int32, uint8[::1])")
 def encode_bytes(flat, offsets, starts, bases, limit, lift, scale, keys, top, begin, end, bias, out):
-    """Codes of dense elements [begin, end) as bytes `code + bias` (wrapping) into `out` (end - begin,)."""
+    """Encode dense elements [begin, end) and write code + bias, modulo 256, to `out`, (end - begin,)."""
     if begin >= end:
         return
     s = _find(starts, begin)
@@ -119,13 +126,14 @@ def encode_bytes(flat, offsets, starts, bases, limit, lift, scale, keys, top, be
 
 @_inline
 def _plane_width(length, begin, digits):
-    """Columns of the block at `begin`: GROUP, or just enough for what is left."""
+    """Columns of the block at code `begin`: GROUP, or ceil(remaining codes / digits) if fewer than a block remain."""
     rest = length - begin
     return GROUP if rest >= digits * GROUP else (rest + digits - 1) // digits
 
 
 # A scratch block holds plane k of its codes at [k * GROUP, (k + 1) * GROUP), so that every loop over columns has the
-# constant trip count GROUP. Only the last block of a row is narrower; `_spread` and `_squeeze` move its columns.
+# constant trip count GROUP. Only the last block of a row has fewer columns, `width`. Its codes are dense outside these
+# loops: `_spread` moves plane k from k * width to k * GROUP, `_squeeze` moves it back.
 @_jit("void(int32[::1], int64, int64)")
 def _spread(block, width, digits):
     for k in range(digits - 1, -1, -1):
@@ -142,7 +150,10 @@ def _squeeze(block, width, digits):
 
 @_inline
 def _store_block(block, wide, width, radix, digits, word_bytes, out, word):
-    """A block of digits -> the words `word`, `word + 1`, ...: word j = sum over k of block[k * GROUP + j] * radix^k."""
+    """Write a block of digits to the words `word`, `word + 1`, ... of `out`.
+
+    Word j is the sum over k of block[k * GROUP + j] * radix^k. wide: scratch, (GROUP,) uint64.
+    """
     if word_bytes == 1 and digits == 5 and width == GROUP:  # ternary codes, the layout of the hot path
         b1 = I32(radix)
         b2, b3, b4 = I32(b1 * b1), I32(b1 * b1 * b1), I32(b1 * b1 * b1 * b1)
@@ -189,10 +200,11 @@ def _store_block(block, wide, width, radix, digits, word_bytes, out, word):
 
 @_inline
 def _peel(cur, radix, digits, first, bias, block, plane):
-    """Base-radix digits of GROUP numbers below 2^21, added to the planes `plane`, `plane + 1`, ... of `block`.
+    """Add the base-radix digits of GROUP numbers below 2^21 to the planes `plane`, `plane + 1`, ... of `block`.
 
-    The first row is stored, plus `bias`, where the others are added. Division by multiplication: (x + 1/2) / radix is
-    never within float32's rounding error of an integer for x < 2^21, so truncation is exact.
+    `cur` holds the numbers, uint32, and is overwritten. `first`: store digit + bias in `block` instead of adding. The
+    division is a multiplication in float32: (x + 1/2) / radix is never within the rounding error of an integer for
+    x < 2^21, so truncation is exact.
     """
     base, inverse, half = U32(radix), F32(1.0) / F32(radix), F32(0.5)
     for k in range(digits):
@@ -228,9 +240,13 @@ def _largest_power(radix, bound):
 
 @_jit("void(uint8[::1], int64, int64, int64, int64, int32, int64, int64, int64, uint32[::1], uint64[::1], int32[::1])")
 def _sum_block(memory, stride, count, word, width, low, radix, digits, word_bytes, cur, wide, block):
-    """The sum over `count` rows of the codes in the words at `word`, dense in `block`."""
+    """Sum the codes of one block over `count` rows, into `block` in dense order; its first word is `word` in each row.
+
+    cur, wide: scratch, (GROUP,) uint32 and (2 * GROUP,) uint64.
+    """
     bias = I32(low * I32(count))
-    # Words beyond 16 bits are divided into parts below 2^31 (64-bit integers), those into parts below 2^21 (float64).
+    # Words of 32 and 64 bits are split into parts below 2^31 (by 64-bit division), and these into parts below 2^21 (by
+    # multiplication in float64).
     part, part_digits = _largest_power(radix, 1 << 31)
     short, short_digits = _largest_power(radix, 1 << 21)
     rest = wide[GROUP:].view(np.uint32)
@@ -284,7 +300,7 @@ def _sum_block(memory, stride, count, word, width, low, radix, digits, word_byte
 
 @_jit("void(int32[::1], int32, int64, int64, int64, uint8[::1])")
 def pack(codes, low, radix, digits, word_bytes, out):
-    """Codes (m,) in [low, low + radix) -> planar base-radix words; see :mod:`terncomm.wire`."""
+    """Pack codes (m,) in [low, low + radix) into planar base-radix words; see :mod:`terncomm.wire`."""
     length = len(codes)
     block = np.empty(digits * GROUP, np.int32)
     wide = np.empty(GROUP, np.uint64)
@@ -307,7 +323,7 @@ def pack(codes, low, radix, digits, word_bytes, out):
 def _encode_row(
     flat, offsets, starts, bases, limit, lift, scale, keys, top, begin, end, length, low, radix, digits, word_bytes, out
 ):
-    """`pack` of the codes of dense elements [begin, end), padded with the code 0 to `length`."""
+    """Encode dense elements [begin, end), pad with the code 0 to `length` codes, and pack them into `out`."""
     block = np.empty(digits * GROUP, np.int32)
     wide = np.empty(GROUP, np.uint64)
     s = _find(starts, begin)
@@ -354,7 +370,7 @@ def encode_pack(
     flat, offsets, starts, bases, limit, lift, scale, keys, top,
     edges, first, last, low, radix, digits, word_bytes, memory, stride,
 ):  # fmt: skip
-    """`pack` of the codes [first, last) of every row, padded with the code 0; `first` lies at a block edge."""
+    """Encode and pack the codes [first, last) of every row, padded with the code 0; `first` is at a block edge."""
     nbytes = (last - first + digits - 1) // digits * word_bytes
     for r in range(len(edges) - 1):
         begin, end = min(edges[r] + first, edges[r + 1]), min(edges[r] + last, edges[r + 1])
@@ -374,7 +390,7 @@ def encode_pack(
 
 @_inline
 def _sum_bytes(memory, stride, rows, begin, count, bias, out, at):
-    """Bytes [begin, begin + count) of every row, added up, plus `bias` -> out[at : at + count]."""
+    """Sum bytes [begin, begin + count) over the rows, add `bias`, and write to out[at : at + count]."""
     whole = count - count % GROUP
     for r in range(rows):
         source = r * stride + begin
@@ -394,7 +410,7 @@ def _sum_bytes(memory, stride, rows, begin, count, bias, out, at):
 
 @_jit("void(uint8[::1], int64, int64, int32, int64, int64, int64, int32[::1])")
 def unpack_sum(memory, stride, rows, low, radix, digits, word_bytes, out):
-    """The sum over `rows` packed rows of their codes, (m,)."""
+    """Unpack m codes from each of `rows` packed rows and write their sums to `out`, (m,)."""
     length = len(out)
     if digits == 1 and word_bytes == 1:
         for begin in range(0, length, BYTES):
@@ -414,7 +430,10 @@ def unpack_sum(memory, stride, rows, low, radix, digits, word_bytes, out):
 
 @_inline
 def _scale_out(totals, offsets, starts, unit, s, begin, end, out):
-    """Out = float32(total * unit) for dense elements [begin, end); totals[0] is element `begin`, in segment >= s."""
+    """Write float32(total * unit) to `out` for dense elements [begin, end).
+
+    totals[0] is of element `begin`, which lies in segment s or a later one.
+    """
     position = begin
     while position < end:
         while starts[s + 1] <= position:
@@ -435,14 +454,14 @@ def _scale_out(totals, offsets, starts, unit, s, begin, end, out):
 
 @_jit("void(int32[::1], int64[::1], int64[::1], float32[:, ::1], int64, int64, float32[::1])")
 def decode(totals, offsets, starts, unit, begin, end, out):
-    """Totals of dense elements [begin, end) -> their places in the flat buffer, times their segment's unit."""
+    """Write the totals of dense elements [begin, end), times the unit of their segment, to the flat buffer `out`."""
     if begin < end:
         _scale_out(totals, offsets, starts, unit, _find(starts, begin), begin, end, out)
 
 
 @_inline
 def _decode_five(memory, word, low, radix, word_bytes, cur, high, rest, drop, at, out):
-    """A whole block of one row, five short digits a word, inside one segment: unpacked and decoded in one pass."""
+    """Unpack and decode in one pass: a full block of one row, five digits per 8- or 16-bit word, in one segment."""
     if word_bytes == 1:
         for j in range(GROUP):
             cur[j] = U32(memory[U64(word) + U64(j)])
@@ -471,7 +490,7 @@ def _decode_five(memory, word, low, radix, word_bytes, cur, high, rest, drop, at
     "int64, int64, int64, float32[::1])"
 )
 def unpack_decode(memory, stride, rows, low, radix, digits, word_bytes, offsets, starts, unit, begin, end, length, out):
-    """`decode` of `unpack_sum`, a block at a time; the rows hold `length` codes each, from dense element `begin`."""
+    """`unpack_sum`, then `decode`, block by block. Each row holds `length` codes, from dense element `begin` on."""
     if begin >= end:
         return
     if digits == 1 and word_bytes == 1:
@@ -509,7 +528,7 @@ def unpack_decode(memory, stride, rows, low, radix, digits, word_bytes, offsets,
     "int64[::1], int64, int64, float32[::1])"
 )
 def decode_rows(memory, stride, low, radix, digits, word_bytes, offsets, starts, unit, edges, first, last, out):
-    """`unpack_decode` of the codes [first, last) of every row on its own; `first` lies at a block edge."""
+    """`unpack_decode` for the codes [first, last) of each row separately; `first` is at a block edge."""
     nbytes = (last - first + digits - 1) // digits * word_bytes
     for r in range(len(edges) - 1):
         begin, end = min(edges[r] + first, edges[r + 1]), min(edges[r] + last, edges[r + 1])
@@ -521,9 +540,10 @@ def decode_rows(memory, stride, low, radix, digits, word_bytes, offsets, starts,
 
 @_jit("void(int32[::1], float32[::1], int64[::1], int64[::1], int64, int64, int32[::1], float64[::1], float64[::1])")
 def chunk_moments(bits, flat, begins, sizes, begin, end, peaks, sums, squares):
-    """Per chunk: peak magnitude (its bits), sum and sum of squares in fixed float32 lanes, scaled by a power of two.
+    """The moments of chunks [begin, end), into `peaks`, `sums` and `squares`; see `moments` in `reference.py`.
 
-    Chunk c covers flat[begins[c] : begins[c] + sizes[c]], sizes[c] <= CHUNK; writes entries [begin, end).
+    Chunk c is flat[begins[c] : begins[c] + sizes[c]], with sizes[c] <= CHUNK. bits: `flat` viewed as int32. peaks: the
+    bits of the peak magnitudes.
     """
     lanes = np.empty(GROUP, np.float32)
     lanes2 = np.empty(GROUP, np.float32)
@@ -568,7 +588,7 @@ def chunk_moments(bits, flat, begins, sizes, begin, end, peaks, sums, squares):
 
 @_jit("void(float64[::1], int64, int64)")
 def _tree_sum(x, begin, end):
-    """x[begin] becomes the sum of x[begin:end], added by halving as if zero-padded to a power of two."""
+    """Write the sum of x[begin:end] to x[begin]; overwrites the rest. Same order as `_tree_sum` in `reference.py`."""
     length = 1
     while length < end - begin:
         length *= 2
@@ -582,7 +602,7 @@ def _tree_sum(x, begin, end):
 
 @_jit("void(int64[::1], int32[::1], float64[::1], float64[::1], int32[::1], float64[::1], float64[::1])")
 def combine_moments(firsts, peaks, sums, squares, peak, total, square):
-    """Chunks [firsts[s], firsts[s + 1]) -> the moments of segment s; `sums` and `squares` are used up."""
+    """Combine chunks [firsts[s], firsts[s + 1]) to the moments of segment s; overwrites `sums` and `squares`."""
     for s in range(len(firsts) - 1):
         begin, end = firsts[s], firsts[s + 1]
         best = I32(0)
@@ -600,7 +620,10 @@ def combine_moments(firsts, peaks, sums, squares, peak, total, square):
 
 @_jit("void(int32[::1], int64[::1], int64[::1], int64, int64, int32[::1])")
 def peaks(bits, offsets, sizes, begin, end, out):
-    """Bits of the largest magnitude of segments [begin, end); those of +inf where an element is not finite."""
+    """The largest magnitude of segments [begin, end), as its bits; +inf where an element is not finite.
+
+    bits: the flat buffer viewed as int32.
+    """
     for s in range(begin, end):
         at, size = offsets[s], sizes[s]
         whole = size - size % GROUP
@@ -617,7 +640,7 @@ def peaks(bits, offsets, sizes, begin, end, out):
 
 @_jit("void(int32[::1], int64[::1], int64[::1], uint32[:, ::1], int32, uint8[::1], int32[::1])")
 def narrow(totals, starts, bases, keys, top, codes, divisors):
-    """Totals (m,) of the segments [starts[s], starts[s + 1]) -> 8-bit codes + top and a divisor per segment."""
+    """Round totals (m,) to 8-bit codes + top, with a divisor per segment; segment s is [starts[s], starts[s + 1])."""
     for s in range(len(starts) - 1):
         begin, end = starts[s], starts[s + 1]
         peak = I32(0)
@@ -637,7 +660,7 @@ def narrow(totals, starts, bases, keys, top, codes, divisors):
 
 @_jit("void(uint8[::1], int64[::1], int32[::1], int32, int32[::1])")
 def widen(codes, starts, divisors, top, out):
-    """Codes + top (m,), less top, times the divisor of their segment -> (m,) int32."""
+    """Multiply each code by the divisor of its segment: (m,) uint8 of code + top -> (m,) int32."""
     for s in range(len(starts) - 1):
         begin, divisor = starts[s], divisors[s]
         for i in range(starts[s + 1] - begin):

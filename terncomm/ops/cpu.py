@@ -1,7 +1,7 @@
-"""Numba kernels for CPU tensors, bit-equal to :mod:`terncomm.ops.reference`; the same names and arguments.
+"""Numba kernels for CPU tensors, bit-equal to :mod:`terncomm.ops.reference`, with the same names and arguments.
 
-Work is cut into pieces at block edges and handed to as many threads as torch was given; every piece computes the
-same bits wherever it is cut. Importing this module compiles what Numba's on-disk cache lacks.
+The work is cut at block edges and runs in up to `torch.get_num_threads()` threads. The result does not depend on where
+it is cut. Importing this module compiles the kernels that Numba's on-disk cache lacks.
 """
 
 import os
@@ -17,8 +17,8 @@ from terncomm.ops import _numba as kernels
 from terncomm.ops.types import Packing, Rounding
 from terncomm.segments import Segments
 
-_PIECE = 1 << 18  # least number of elements worth a thread
-_SCRATCH = 1 << 15  # elements of another type that are made float32 at a time
+_PIECE = 1 << 18  # elements: a thread is used only for this many or more
+_SCRATCH = 1 << 15  # elements: dtypes other than float32 are converted in copies of this size
 
 
 @lru_cache(maxsize=1)
@@ -26,12 +26,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="terncomm-ops")
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has the pool, but not its threads
+if hasattr(os, "register_at_fork"):  # a forked process inherits the pool without its threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _in_pieces(work: Callable[[int, int], None], count: int, unit: int, elements: int = 1) -> None:
-    """Call work(begin, end) over `count` items of `elements` each, cut at multiples of `unit`, in torch's threads."""
+    """Call work(begin, end) for ranges that cover `count` items of `elements` elements each.
+
+    The ranges are cut at multiples of `unit` items. There are at most `torch.get_num_threads()`, each in a thread of
+    the pool. If there are too few elements for two threads, one call on this thread does all.
+    """
     threads = min(torch.get_num_threads(), count * elements // _PIECE)
     if threads <= 1:
         work(0, count)
@@ -46,17 +50,20 @@ def _layout(segments: Segments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _cuts(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
-    """[begin, end) in pieces of `step`."""
+    """The ranges of `step` that [begin, end) consists of; the last one may be shorter."""
     return ((low, min(low + step, end)) for low in range(begin, end, step))
 
 
 def _scratch(flat: torch.Tensor, whole: int, unit: int = 1) -> int:
-    """How many elements to take at a time: all where they are float32, else at most _SCRATCH, a multiple of `unit`."""
+    """Elements to process at a time: all, `whole`, if they are float32; else about _SCRATCH, a multiple of `unit`."""
     return max(whole, 1) if flat.dtype == torch.float32 else max(_SCRATCH // unit, 1) * unit
 
 
 def _read(flat: torch.Tensor, segments: Segments, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Floats in which the dense elements [begin, end) are float32, and where each segment begins in them."""
+    """An array with dense elements [begin, end) as float32, and the index in it at which each segment begins.
+
+    If `flat` is float32 this is `flat` itself, else a dense copy; indices of earlier segments are then negative.
+    """
     if flat.dtype == torch.float32:
         return flat.numpy(), segments.offsets.numpy()
     dense = torch.empty(end - begin, dtype=torch.float32)
@@ -67,7 +74,7 @@ def _read(flat: torch.Tensor, segments: Segments, begin: int, end: int) -> tuple
 
 @contextmanager
 def _written(out: torch.Tensor, segments: Segments, begin: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """As :func:`_read`, for floats that are written inside the block."""
+    """Like :func:`_read`, for writing: a copy is rounded to the dtype of `out` when the context ends."""
     if out.dtype == torch.float32:
         yield out.numpy(), segments.offsets.numpy()
         return
@@ -83,7 +90,10 @@ def _factors(how: Rounding) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 
 def _by_chunks(flat: torch.Tensor, chunks: Segments, size: int, work: Callable[..., None]) -> None:
-    """Call work(values, offsets, begin, end) over `chunks` of at most `size` elements, whole ones at a time."""
+    """Call work(values, offsets, begin, end) for ranges of `chunks`, in several threads; no chunk is cut.
+
+    A chunk has at most `size` elements. values, offsets: from `_read`, for chunks [begin, end).
+    """
     starts = chunks.starts.numpy()
 
     def piece(low: int, high: int) -> None:
@@ -126,19 +136,19 @@ def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch
 
 
 def _memory(rows: torch.Tensor) -> np.ndarray:
-    """Row 0 and everything from it to the end of the last row, without a copy; rows (R, k) that lie in a row each."""
+    """The memory from row 0 to the end of the last row as a flat array, without a copy. Each row must be contiguous."""
     length = (len(rows) - 1) * rows.stride(0) + rows.shape[1] if rows.numel() else 0
     return rows.as_strided((length,), (1,)).numpy()
 
 
 def _aligned(rows: torch.Tensor, how: Packing) -> bool:
-    """Whether the words in which rows (R, k) are packed lie where the processor wants words."""
+    """Whether the words of all rows (R, k) lie at multiples of the word size in memory."""
     word = how.word_bytes
     return word == 1 or not (rows.data_ptr() % word or (len(rows) > 1 and rows.stride(0) % word))
 
 
 def _readable(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
-    """The bytes of `count` codes in each row, where they are if kernels can read them there."""
+    """The bytes of `count` codes in each row: a view if the kernels can read it, else an aligned copy."""
     nbytes = how.nbytes(count)
     rows = rows if rows.shape[1] == nbytes else rows[:, :nbytes]
     if (nbytes == 1 or rows.stride(1) == 1) and _aligned(rows, how):
@@ -149,10 +159,11 @@ def _readable(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
 def _in_tiles(
     work: Callable[[int, int, int, int], None], like: torch.Tensor, rows: int, length: int, unit: int
 ) -> None:
-    """Call work(row, end row, begin, end) over codes [begin, end) of rows, cut at multiples of `unit` codes.
+    """Call work(row, end_row, begin, end) for tiles, in several threads.
 
-    In torch's threads. Floats `like` float32 are worked on where they are: all rows at a time. Others are copied: work
-    is given at most _SCRATCH elements, a part of one row or some whole rows.
+    A tile is codes [begin, end) of rows [row, end_row). Tiles are cut at multiples of `unit` codes. If the buffer
+    `like` is float32, a tile has all rows. Else its elements are copied, so a tile has about _SCRATCH elements or
+    fewer: a part of one row, or some whole rows.
     """
     if like.dtype == torch.float32:
         _in_pieces(lambda begin, end: work(0, rows, begin, end), length, unit, rows)
@@ -171,7 +182,7 @@ def _in_tiles(
 
 
 def _held(edges: np.ndarray, begin: int, end: int) -> tuple[int, int]:
-    """The dense elements that a tile holds: codes [begin, end) of the rows that `edges` bound."""
+    """First dense element of a tile, and the end: codes [begin, end) of the rows that `edges` bound."""
     return min(int(edges[0]) + begin, int(edges[1])), min(int(edges[-2]) + end, int(edges[-1]))
 
 

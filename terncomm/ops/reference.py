@@ -1,8 +1,10 @@
-"""The definition of every kernel, in plain torch, on any device. The fast kernels must equal it bit for bit.
+"""The definition of every kernel, in plain torch, on any device. The fast kernels must return the same bits.
 
-Gradients (`flat`, `out`) are floats of any type: they are read as float32, and written rounded to their type.
+`flat` and `out` are flat buffers of gradients, floats of any dtype. They are read as float32; results are rounded to
+the dtype of `out`.
 
-Legend: `n` dense elements, `L` segments, `R` rows, `m` codes in a row.
+Legend: `n` dense elements, `L` segments, `R` rows, `m` codes in a row. The *dense* elements of a buffer are those that
+the segments describe, in the order of the segments and without the gaps; see :class:`terncomm.segments.Segments`.
 """
 
 import itertools
@@ -30,7 +32,7 @@ def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
 
 
 def _tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the last dimension by halving, zero-padded to a power of two: an order that never changes."""
+    """Sum over the last dimension in a fixed order: zero-pad to a power of two, then add the halves repeatedly."""
     length = 1 << max(x.shape[-1] - 1, 0).bit_length()
     x = torch.nn.functional.pad(x, (0, length - x.shape[-1]))
     while length > 1:
@@ -40,11 +42,11 @@ def _tree_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Peak magnitude (L,) float32, sum and sum of squares (L,) float64 of each segment, in one fixed order.
+    """Peak magnitude (L,) float32, sum (L,) float64 and sum of squares (L,) float64 of each segment.
 
-    A segment is cut into chunks of CHUNK elements. A chunk is scaled by a power of two (exact) that brings its peak
-    into [1, 2) and summed in GROUP float32 lanes, element i in lane i mod GROUP; lanes, and then chunks in float64,
-    are added by halving.
+    The order of additions is fixed. A segment is cut into chunks of CHUNK elements. Each chunk is multiplied by a power
+    of two (exact) that brings its peak into [1, 2). GROUP float32 lanes sum it: element i goes to lane i mod GROUP.
+    `_tree_sum` adds the lanes in float32, and then the chunks in float64.
     """
     sums = torch.zeros(len(segments), dtype=torch.float64, device=flat.device)
     squares = torch.zeros_like(sums)
@@ -70,10 +72,17 @@ def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch
 def clip_limit(
     peak: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, lengths: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """(L,) float32 min(peak, clip * sigma), sigma the biased standard deviation (Wen et al., 2017, section 3.3).
+    """(L,) float32: min(peak, clip * sigma), sigma the biased standard deviation (Wen et al., 2017, section 3.3).
 
-    A layer with no spread (one element, or all elements alike) would be clipped to nothing: where sigma is not above
-    1/256 of |mean| the limit is the peak. It is 0 only where the layer is all zero, +inf where it is not finite.
+    If all elements of a segment are equal (or it has one element), sigma is 0 and the clip would erase its gradient. So
+    the limit is the peak where sigma <= |mean| / 256. It is 0 only where the segment is all zero, and +inf where an
+    element is not finite.
+
+    Args:
+        peak: (L,) float32, from `moments`.
+        total, squares: (L,) float64 sum and sum of squares, from `moments`.
+        lengths: (L,) number of elements.
+        clip: in standard deviations.
     """
     count = lengths.to(total).clamp(min=1)
     mean = total / count
@@ -84,12 +93,18 @@ def clip_limit(
 
 
 def rounding(local: torch.Tensor, shared: torch.Tensor, keys: torch.Tensor, levels: int) -> Rounding:
-    """Clip limits and shared scales, (L,) float32 -> what the encoding kernels multiply and compare with.
+    """The arguments of the encoding kernels.
 
     `scale` is rounded up, so that a magnitude equal to the shared scale always becomes the code `levels`.
+
+    Args:
+        local: (L,) float32 clip limits of this rank.
+        shared: (L,) float32 scales, equal on all ranks.
+        keys: (L, 2) int64, see :meth:`terncomm.keys.Key.streams`.
+        levels: the largest code, in 1..127.
     """
     if not 1 <= levels <= 127:
-        raise ValueError(f"codes are kept in 8 bits: levels must be in 1..127, got {levels}")
+        raise ValueError(f"codes are stored in 8 bits: levels must be in 1..127, got {levels}")
     usable = torch.isfinite(shared) & (shared > 0)
     safe = torch.where(usable, shared, 1.0)
     lift = torch.where(safe < _TINY, 2.0**100, 1.0).to(torch.float32)
@@ -105,12 +120,12 @@ def rounding(local: torch.Tensor, shared: torch.Tensor, keys: torch.Tensor, leve
 
 
 def noise(counter: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torch.Tensor:
-    """Counters and key words, int64 in [0, 2^32) -> 24 uniform random bits each, int64.
+    """24 uniform random bits for each counter, int64. Counters and key words are int64 in [0, 2^32).
 
-    Two Weyl sequences, begun at the two halves of the key, through lowbias32: the upper bits of the second are mixed
-    into the first, and all of it is added again between the rounds. :mod:`terncomm.keys` names the sources. With one
-    sequence, elements as far apart as its step takes to 0x80008000, a difference that lowbias32 hardly mixes, come
-    out correlated.
+    The two halves of the key start two Weyl sequences, and the mixer lowbias32 combines them. The upper bits of the
+    second sequence are mixed into the first before the first round. All of the second is added between the rounds.
+    One sequence is not enough: lowbias32 hardly mixes the difference 0x80008000, so two elements whose values in the
+    sequence differ by it would get correlated noise. :mod:`terncomm.keys` names the sources.
     """
     a = (counter * 0x9E3779B9 + key0) & _MASK
     b = (counter * 0xBB67AE85 + key1) & _MASK
@@ -121,17 +136,17 @@ def noise(counter: torch.Tensor, key0: torch.Tensor, key1: torch.Tensor) -> torc
 
 
 def encode(flat: torch.Tensor, segments: Segments, how: Rounding) -> torch.Tensor:
-    """Stochastic rounding of the described elements of flat -> (n,) int8 codes in [-levels, levels]."""
+    """Stochastic rounding of the dense elements of `flat` -> (n,) int8 codes in [-levels, levels]."""
     return _codes(flat, segments, how, 0, segments.numel)
 
 
 def _codes(flat: torch.Tensor, segments: Segments, how: Rounding, begin: int, end: int) -> torch.Tensor:
-    """The codes of dense elements [begin, end)."""
+    """(end - begin,) int8 codes of dense elements [begin, end)."""
     segment, place, counter = segments.elements(begin, end, flat.device)
     x = flat[place].to(torch.float32)
     limit = how.limit[segment]
     magnitude = x.abs()
-    magnitude = torch.where(magnitude < limit, magnitude, limit)  # NaN takes the limit, which is then 0
+    magnitude = torch.where(magnitude < limit, magnitude, limit)  # NaN becomes the limit, which is 0 then
     fixed = ((magnitude * how.lift[segment]) * how.scale[segment]).to(torch.int64)
     fixed = fixed.clamp(max=how.levels << _FRACTION)
     keys = how.keys.to(flat.device)[segment]
@@ -140,11 +155,12 @@ def _codes(flat: torch.Tensor, segments: Segments, how: Rounding, begin: int, en
 
 
 def split_unit(unit: torch.Tensor) -> torch.Tensor:
-    """(L,) float64 -> (3, L) float32: the leading 12 bits of each number, the rest, and what to multiply with at last.
+    """Split each unit for `decode`: (L,) float64 -> (3, L) float32, rows `high`, `low` and `drop`.
 
-    A total below 2^12 times the leading part is exact, and the rest corrects it: `decode` is then the exact product
-    rounded once, without arithmetic in float64. Units so small that their parts would underflow are taken 2^100 times
-    as large, and the last factor takes that back. Not finite stays so.
+    unit = (high + low) * drop. `high` has the leading 12 bits, `low` the remainder. A total below 2^12 times `high` is
+    exact, and total * low corrects it. So `decode` returns the exact product rounded once, without float64 arithmetic.
+    If a unit is so small that its parts would underflow, the parts are 2^100 times as large and `drop` is 2^-100; else
+    `drop` is 1. A unit that is not finite stays so.
     """
     drop = torch.where(unit < _TINY, 2.0**-100, 1.0).to(torch.float32)
     lifted = unit / drop
@@ -154,9 +170,14 @@ def split_unit(unit: torch.Tensor) -> torch.Tensor:
 
 
 def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: int, out: torch.Tensor) -> None:
-    """Integer totals of dense elements [begin, begin + len(totals)) -> out, total * unit of its segment.
+    """Write total * unit of the segment to `out`, for the dense elements [begin, begin + m).
 
-    unit: (3, L) float32, from `split_unit`.
+    Args:
+        totals: (m,) int32 sums of codes.
+        segments: of `out`.
+        unit: (3, L) float32, from `split_unit`.
+        begin: dense element of the first total.
+        out: the flat buffer; its other elements are unchanged.
     """
     segment, place, _ = segments.elements(begin, begin + len(totals), out.device)
     high, low, drop = unit[:, segment]
@@ -165,7 +186,7 @@ def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: 
 
 
 def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Codes (m,) of any integer type -> (nbytes,) uint8; those of `out`, if given."""
+    """Pack codes (m,) of any integer dtype into (nbytes,) uint8: into `out` if given, else into a new tensor."""
     digits = torch.nn.functional.pad(codes.to(torch.int64), (0, -len(codes) % how.digits)) - how.low
     body = len(codes) // (GROUP * how.digits) * (GROUP * how.digits)
     blocks = [digits[:body].view(-1, how.digits, GROUP), digits[body:].view(1, how.digits, -1)]
@@ -181,7 +202,7 @@ def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> 
 
 
 def _words(packed: torch.Tensor, how: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, k) uint8 -> high and low 32 bits of each little-endian word, (R, k / word_bytes) int64."""
+    """(R, k) uint8 -> upper 32 bits and lower 32 bits of each little-endian word, each (R, k / word_bytes) int64."""
     octets = packed.view(packed.shape[0], -1, how.word_bytes).to(torch.int64)
     half = [octets.new_zeros(octets.shape[:2]), octets.new_zeros(octets.shape[:2])]
     for i in range(how.word_bytes):
@@ -190,9 +211,9 @@ def _words(packed: torch.Tensor, how: Packing) -> tuple[torch.Tensor, torch.Tens
 
 
 def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
-    """Packed rows (R, k) uint8 -> the sum over rows of their `count` codes each, (count,) int32.
+    """Unpack `count` codes from each row of (R, k) uint8, and sum them over the rows -> (count,) int32.
 
-    Here and below rows of packed codes may have any stride, so they may be columns of longer messages.
+    Here and below, packed rows may have any row stride, so they may be a range of columns of longer messages.
     """
     high, low = _words(rows[:, : how.nbytes(count)], how)
     planes = []
@@ -209,10 +230,18 @@ def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
 
 
 def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integer sums -> codes in [-top, top] and a divisor per piece: ceil(max|sum| / top).
+    """Round sums to codes in [-top, top], with a divisor per segment: ceil(max|sum| / top), at least 1.
 
-    A code is sum / divisor after unbiased rounding. Returns (m,) uint8 of code + top, and (L,) int32 divisors, at
-    least 1. `top` is at most 127.
+    A code is sum / divisor after unbiased stochastic rounding.
+
+    Args:
+        totals: (m,) int32 sums.
+        window: the L segments of these sums.
+        keys: (L, 2) int64 keys of the rounding noise.
+        top: the largest code, in 1..127.
+
+    Returns:
+        (m,) uint8 of code + top, and (L,) int32 divisors.
     """
     segment, _, counter = window.elements(0, window.numel, totals.device)
     peak = torch.zeros(len(window), dtype=torch.int32, device=totals.device)
@@ -226,7 +255,7 @@ def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int)
 
 
 def widen(codes: torch.Tensor, window: Segments, divisor: torch.Tensor, top: int) -> torch.Tensor:
-    """`narrow` undone up to its rounding: (m,) uint8 and (L,) divisors -> (m,) int32."""
+    """Undo `narrow`, except for its rounding: (m,) uint8 of code + top, (L,) divisors -> (m,) int32 sums."""
     segment, _, _ = window.elements(0, window.numel, codes.device)
     return (codes.to(torch.int32) - top) * divisor.to(torch.int32)[segment]
 
@@ -243,7 +272,7 @@ def encode_pack(
     """Encode and pack all rows of a message.
 
     Row r holds the codes of dense elements [edges[r], edges[r + 1]), padded with the code 0 to `length` codes.
-    out: (R, nbytes(length)) uint8, of any row stride.
+    out: (R, nbytes(length)) uint8, with any row stride.
     """
     for row, (begin, end) in zip(out, itertools.pairwise(edges), strict=True):
         codes = _codes(flat, segments, how, begin, end)
@@ -260,7 +289,11 @@ def unpack_decode(
     length: int,
     out: torch.Tensor,
 ) -> None:
-    """`decode` of `unpack_sum` of packed rows (R, k) of `length` codes; the first are elements [begin, end)."""
+    """Sum packed rows and decode the sums: `unpack_sum`, then `decode`.
+
+    Each row of (R, k) uint8 holds `length` codes. The first end - begin are of dense elements [begin, end); the others
+    are padding.
+    """
     decode(unpack_sum(rows, how, length)[: end - begin], segments, unit, begin, out)
 
 
@@ -273,6 +306,10 @@ def decode_rows(
     length: int,
     out: torch.Tensor,
 ) -> None:
-    """Packed rows (R, k) of `length` totals; row r alone holds those of dense elements [edges[r], edges[r + 1])."""
+    """Unpack and decode rows of totals, without summing over rows.
+
+    Row r of (R, k) uint8 holds `length` totals. The first are of dense elements [edges[r], edges[r + 1]); the others
+    are padding.
+    """
     for row, (begin, end) in zip(rows, itertools.pairwise(edges), strict=True):
         unpack_decode(row[None], how, segments, unit, begin, end, length, out)

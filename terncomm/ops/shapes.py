@@ -1,7 +1,7 @@
-"""The back end of the device type "meta": shapes and types of what the kernels return, without numbers.
+"""The back end of device type "meta". Its kernels return meta tensors of the right shape and dtype, without values.
 
-With it the whole path runs on tensors that hold nothing, to count its messages. What only writes does nothing. Names
-and arguments are those of :mod:`terncomm.ops.reference`.
+The path of a bucket runs with them on meta tensors, which counts its messages without sending any. A kernel that only
+writes to `out` does nothing. Names and arguments are those of :mod:`terncomm.ops.reference`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def peaks(flat: torch.Tensor, segments: Segments) -> torch.Tensor:
 
 
 def moments(flat: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(L,) float32, and twice (L,) float64."""
+    """(L,) float32, (L,) float64 and (L,) float64."""
     count = len(segments)
     return _empty(count, torch.float32), _empty(count, torch.float64), _empty(count, torch.float64)
 
@@ -46,7 +46,7 @@ def encode_pack(
     length: int,
     out: torch.Tensor,
 ) -> None:
-    """Nothing: it only writes."""
+    """Does nothing: the kernel only writes to `out`."""
 
 
 def pack(codes: torch.Tensor, how: Packing, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,7 +60,7 @@ def unpack_sum(rows: torch.Tensor, how: Packing, count: int) -> torch.Tensor:
 
 
 def decode(totals: torch.Tensor, segments: Segments, unit: torch.Tensor, begin: int, out: torch.Tensor) -> None:
-    """Nothing: it only writes."""
+    """Does nothing: the kernel only writes to `out`."""
 
 
 def unpack_decode(
@@ -73,7 +73,7 @@ def unpack_decode(
     length: int,
     out: torch.Tensor,
 ) -> None:
-    """Nothing: it only writes."""
+    """Does nothing: the kernel only writes to `out`."""
 
 
 def decode_rows(
@@ -85,7 +85,7 @@ def decode_rows(
     length: int,
     out: torch.Tensor,
 ) -> None:
-    """Nothing: it only writes."""
+    """Does nothing: the kernel only writes to `out`."""
 
 
 def narrow(totals: torch.Tensor, window: Segments, keys: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What kernels are told: how to round, and how words are laid out."""
+"""Arguments of the kernels: `Rounding` holds limits, scales and keys, `Packing` the layout of packed words."""
 
 from typing import NamedTuple
 
@@ -6,22 +6,23 @@ import torch
 
 
 class Rounding(NamedTuple):
-    """Per-segment numbers of stochastic rounding; made by :func:`terncomm.ops.reference.rounding`.
+    """Arguments of stochastic rounding for each of L segments; made by :func:`terncomm.ops.reference.rounding`.
 
-    An element x becomes sign(x) * floor(min(|x|, limit) * lift * scale / 2^24 + u), u uniform in [0, 1).
+    An element x becomes sign(x) * floor(min(|x|, limit) * lift * scale / 2^24 + u), where u is uniform in [0, 1).
+    `limit` and `scale` are 0 where the shared scale is 0 or not finite.
     """
 
-    limit: torch.Tensor  # (L,) float32: this rank's clip limit; 0 where the layer is zero or non-finite
-    lift: torch.Tensor  # (L,) float32: a power of two that brings denormal scales into range, else 1
+    limit: torch.Tensor  # (L,) float32: this rank's clip limit
+    lift: torch.Tensor  # (L,) float32: 2^100 where the shared scale is below 2^-96, else 1; so `scale` is finite
     scale: torch.Tensor  # (L,) float32: levels * 2^24 / (shared scale * lift), rounded up
-    keys: torch.Tensor  # (L, 2) int64 in [0, 2^32)
+    keys: torch.Tensor  # (L, 2) int64 in [0, 2^32): keys of the noise, see `terncomm.keys`
     levels: int  # codes are in [-levels, levels]
 
 
 class Packing(NamedTuple):
     """A planar base-`radix` layout: `digits` codes in each word of `word_bytes` bytes; see :mod:`terncomm.wire`."""
 
-    low: int  # the code of digit 0
+    low: int  # the smallest code: digit = code - low
     radix: int
     digits: int
     word_bytes: int

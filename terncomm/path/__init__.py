@@ -1,9 +1,12 @@
-"""The path that gradients take between ranks, sans I/O.
+"""How ranks average a bucket of gradients, without I/O: paths ask for messages, drivers send them.
 
-| word | is |
+| word | meaning |
 | --- | --- |
-| part | what a bucket holds of one kind: codes, floats, statistics (`parts`) |
-| exchange | how parts travel between ranks (`exchanges`) |
-| path | the way of one bucket from gradients to their mean: a generator of messages (`reduce`) |
-| driver | who moves the messages (`drivers`, `pipeline`) |
+| piece | about a million elements of a bucket; while one piece is sent, others are encoded or decoded (`bucket`) |
+| part | the data of one kind in a piece: codes, floats or statistics (`parts`) |
+| row | the slice of a part that is sent to one rank: row r goes to rank r |
+| total | a row, added up over ranks |
+| exchange | the sequence of messages that adds up parts over ranks (`exchanges`) |
+| path | a generator that turns one bucket's gradients into their mean, and yields its messages (`reduce`) |
+| driver | runs paths and sends their messages (`drivers`, `pipeline`) |
 """

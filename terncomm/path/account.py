@@ -1,4 +1,4 @@
-"""What a path writes down as it goes: the time of its phases and the bytes of its parts."""
+"""Time and byte counters of a path: seconds per phase, and bytes sent per kind of part."""
 
 import time
 from collections import Counter
@@ -12,20 +12,21 @@ from terncomm.keys import Key
 
 
 class Clock:
-    """Seconds spent in each phase of the path, and the phase it is in.
+    """Seconds spent in each phase of the path, and the current phase.
 
-    A phase inside another is counted for itself alone. Each is a range in profiles, "terncomm encode, bucket 3".
+    The time of a nested phase is not counted in the outer phase. Each phase is a range in torch.profiler, such as
+    "terncomm encode, bucket 3".
     """
 
     def __init__(self) -> None:
         self.encode_s = self.exchange_s = self.decode_s = 0.0
-        self.wire_s = 0.0  # of the pipeline's thread that owns the wire, which nobody else writes
-        self.phase = ""  # after an error: the phase in which it came
+        self.wire_s = 0.0  # seconds of the pipeline's wire thread; no other thread writes it
+        self.phase = ""  # the current phase; after an error, the phase in which it was raised
         self._since = 0.0
 
     @contextmanager
     def __call__(self, phase: str, bucket: int, part: str = "") -> Iterator[None]:
-        """Add the time inside to `<phase>_s`. part: a narrower name, for profiles."""
+        """Add the time of the `with` block to `<phase>_s`. part: a more exact name, for profiles only."""
         outer = self.phase
         self._enter(phase)
         with record_function(f"terncomm {part or phase}, bucket {bucket}"):
@@ -41,7 +42,10 @@ class Clock:
 
 
 class Account:
-    """The clock, and how many bytes this rank has sent for each kind of part: "exact", "scales", or a codec's name."""
+    """The clock, and the bytes that this rank has sent, by label.
+
+    A label is a codec's name, "exact" (no codec), "scales", "checks" (headers), "lengths" or "intra" (inside a node).
+    """
 
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
@@ -50,18 +54,18 @@ class Account:
 
 @dataclass(frozen=True)
 class Context:
-    """One reduction on one rank: which it is, who takes part, and where time and bytes are written down."""
+    """One reduction on one rank: its key, the rank, the world size, and the account of time and bytes."""
 
     key: Key
     rank: int
     world_size: int
     account: Account = field(default_factory=Account)
-    piece: int | None = None  # elements of a bucket's pieces; equal on all ranks, and no bit depends on it
+    piece: int | None = None  # elements per piece (default PIECE); equal on all ranks; does not change the result
 
     def phase(self, name: str, part: str = "") -> AbstractContextManager[None]:
-        """The time inside is of this phase: "encode", "exchange" or "decode". part: a narrower name, for profiles."""
+        """Count the time of a `with` block for phase `name`: "encode", "exchange" or "decode". part: see `Clock`."""
         return self.account.clock(name, self.key.bucket, part)
 
     def count(self, label: str, nbytes: int) -> None:
-        """This rank sends so many bytes to each other rank."""
+        """Record that this rank sends `nbytes` to each other rank."""
         self.account.sent_bytes[label] += (self.world_size - 1) * nbytes

@@ -1,4 +1,4 @@
-"""The layers of one flat buffer: which travel how, and in which pieces."""
+"""The layers of one flat buffer: how each is sent, and in which pieces."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from terncomm.segments import Segments
 from terncomm.wire import packing_for
 
 EXCHANGES = ("auto", "gather", "two_phase")
-SMALL = 8192  # bytes; about what a message round of 1 ms moves at 100 Mbit/s
-PIECE = 1 << 20  # elements of a bucket that are encoded, sent and decoded while others are on their way
-_RANKS = 8  # of more, pieces are larger: smaller messages to each rank cost more than they gain
+SMALL = 8192  # bytes; about what a 100 Mbit/s link sends in the latency of a small message, 1 ms
+PIECE = 1 << 20  # elements of a piece: while one piece is sent, others are encoded or decoded
+_RANKS = 8  # with more ranks, pieces grow in proportion: else the messages to each rank get too small
 
 
 class CodedGroup(NamedTuple):
-    """Layers under one codec; `segments` are those that have a scale of their own."""
+    """Layers under one integer codec. `segments`: the layers, cut so that each segment has one scale."""
 
     codec: IntegerCodec
     layers: Segments
@@ -26,29 +26,34 @@ class CodedGroup(NamedTuple):
 
 
 class FloatGroup(NamedTuple):
-    """Layers that are averaged as floats, on the wire of this type, or of the buffer's if it is None."""
+    """Layers that are averaged as floats. `dtype`: on the wire; None: that of the buffer. `label`: see `Account`."""
 
     segments: Segments
     dtype: torch.dtype | None
     label: str
 
 
-class Cut(NamedTuple):
-    """A piece of a bucket: (group, dense edges of its rows) of what travels whole, and of what travels in rows."""
+class PieceLayout(NamedTuple):
+    """A piece of a bucket: which elements of which groups it holds, as (group, edges) pairs.
+
+    whole: groups that every rank sends whole to every rank, edges (2,). rows: groups in W rows, row r for rank r, edges
+    (W + 1,). group: its index, first the coded groups, then the float groups. edges: dense indices where rows begin,
+    and where the last one ends.
+    """
 
     whole: tuple[tuple[int, tuple[int, ...]], ...]
     rows: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 class Bucket:
-    """The layers of a flat buffer, in groups that travel alike.
+    """The layers of a flat buffer, in one group for each codec.
 
     Args:
-        groups: the layers of each group, and its codec; None averages them exactly. The groups share the messages.
+        groups: (layers, codec) pairs; codec None: averaged without a codec. All groups share the same messages.
 
     Raises:
-        TypeError: what stands in a codec's place is none.
-        ValueError: a layer is in two groups.
+        TypeError: a codec is neither a terncomm codec nor None.
+        ValueError: an element is in two groups.
 
     >>> from terncomm import Int8, Ternary
     >>> Bucket([(Segments([3000]), Ternary()), (Segments([100], offsets=[3000]), None)]).coded_numel
@@ -78,7 +83,7 @@ class Bucket:
         self.extent = max((layers.extent for layers in self._layers), default=0)
         self.configuration = repr([codec for _, codec in groups])
         self.checksum = zlib.crc32(repr([layers.table.tolist() for layers in self._layers]).encode())
-        self._cuts: dict[tuple[str, int, torch.dtype, int], list[Cut]] = {}
+        self._cuts: dict[tuple[str, int, torch.dtype, int], list[PieceLayout]] = {}
         self._clipped: dict[tuple[int, int], Bucket] = {}
         self._groups = groups
         self._refuse_overlaps()
@@ -91,35 +96,41 @@ class Bucket:
         offsets, sizes = table[:, table[0].argsort()]
         if (clash := offsets[:-1] + sizes[:-1] > offsets[1:]).any():
             first = int(offsets[1:][clash][0])
-            raise ValueError(f"a layer is both coded and exact: elements from {first} on are in two groups")
+            raise ValueError(
+                f"a layer is both coded and exact: elements from {first} on are in two groups; put each layer in one"
+            )
 
     def check(self, flat: torch.Tensor) -> None:
         """Raise a ValueError unless the buffer holds every layer."""
         for layers in self._layers or [Segments(())]:
             layers.check(flat)
 
-    def cuts(self, exchange: str, world_size: int, dtype: torch.dtype, piece: int | None = None) -> list[Cut]:
-        """The pieces in which the bucket travels among W ranks, of a buffer of this type.
+    def cuts(self, exchange: str, world_size: int, dtype: torch.dtype, piece: int | None = None) -> list[PieceLayout]:
+        """The pieces in which the bucket is sent.
 
-        exchange: "gather" sends codes whole, "two_phase" in rows; "auto" as sends fewer bytes, or whole where that
-        costs at most SMALL bytes, for it needs one message less. Floats go in rows unless they are small.
-        piece: elements of a piece; by default PIECE.
+        Args:
+            exchange: for codes. "gather" sends them whole to every rank, "two_phase" in rows. "auto" takes what sends
+                fewer bytes, but "gather" if that sends at most SMALL bytes, because it needs one message fewer. Floats
+                are sent whole if that sends at most SMALL bytes, else in rows.
+            world_size: W. With more than 8 ranks, pieces grow in proportion.
+            dtype: of the buffer.
+            piece: elements of a piece; by default PIECE.
 
         Raises:
-            ValueError: another exchange.
+            ValueError: unknown exchange.
         """
         most = (piece or PIECE) * max(world_size, _RANKS) // _RANKS
         known = exchange, world_size, dtype, most
         if known not in self._cuts:
             check_exchange(exchange)
             chunks = [self._chunks(index, exchange, world_size, dtype, most) for index in range(len(self._layers))]
-            self._cuts[known] = self._joined([chunk for group in chunks for chunk in group], most)
+            self._cuts[known] = self._pieces([chunk for group in chunks for chunk in group], most)
         return self._cuts[known]
 
     def _chunks(
         self, index: int, exchange: str, world_size: int, dtype: torch.dtype, most: int
     ) -> list[tuple[int, bool, tuple[int, ...]]]:
-        """A group in pieces of about `most` elements: (group, whether whole, dense edges)."""
+        """Cut group `index` into chunks of about `most` elements: (index, whether sent whole, dense edges of rows)."""
         numel = self._layers[index].numel
         if numel == 0:
             return []
@@ -134,14 +145,14 @@ class Bucket:
         else:
             itemsize = (self.floats[index - len(self.coded)].dtype or dtype).itemsize
             whole = (world_size - 1) * numel * itemsize <= SMALL
-            most = min(most, PIECE)  # they take several times as much memory as codes
+            most = min(most, PIECE)  # floats take several times as much memory as codes
         pieces = max(1, round(numel / most))
         rows = 1 if whole else world_size
         edges = row_edges(numel, pieces * rows, blocks)
         return [(index, whole, edges[at * rows : (at + 1) * rows + 1]) for at in range(pieces)]
 
-    def _joined(self, chunks: Sequence[tuple[int, bool, tuple[int, ...]]], most: int) -> list[Cut]:
-        """Chunks of groups into pieces of about `most` elements; floats weigh as much as they are cut finer."""
+    def _pieces(self, chunks: Sequence[tuple[int, bool, tuple[int, ...]]], most: int) -> list[PieceLayout]:
+        """Join chunks to pieces of about `most` elements. Chunks of floats are smaller, and weighted accordingly."""
         pieces: list[list[tuple[int, bool, tuple[int, ...]]]] = []
         held = 0
         for chunk in chunks:
@@ -153,7 +164,7 @@ class Bucket:
             pieces[-1].append(chunk)
             held += size
         return [
-            Cut(
+            PieceLayout(
                 tuple((index, edges) for index, whole, edges in piece if whole),
                 tuple((index, edges) for index, whole, edges in piece if not whole),
             )
@@ -161,20 +172,20 @@ class Bucket:
         ]
 
     def clipped(self, begin: int, end: int) -> "Bucket":
-        """What lies in elements [begin, end) of the buffer, as a bucket of a buffer of its own."""
+        """The bucket of elements [begin, end) of the buffer; its offsets count from `begin`."""
         if (begin, end) not in self._clipped:
             self._clipped[begin, end] = Bucket([(layers.clipped(begin, end), codec) for layers, codec in self._groups])
         return self._clipped[begin, end]
 
 
 def check_exchange(exchange: str) -> None:
-    """Raise a ValueError unless it is one of EXCHANGES."""
+    """Raise a ValueError unless `exchange` is one of EXCHANGES."""
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
 
 
 def code_bytes(codec: IntegerCodec, numel: int, world_size: int) -> tuple[int, int]:
-    """Bytes that each rank sends for so many codes, whole and in rows: to choose by."""
+    """Bytes that each rank sends for `numel` elements, in a "gather" and in a "two_phase" exchange."""
     low, high = codec.alphabet
     up, row = packing_for(low, high), -(-numel // world_size)
     back = packing_for(low * world_size, high * world_size).nbytes(row)
@@ -185,12 +196,13 @@ def code_bytes(codec: IntegerCodec, numel: int, world_size: int) -> tuple[int, i
 
 
 def piece_for(chunk_nbytes: int | None) -> int:
-    """Elements of a piece on a link whose rate fills chunks of so many bytes; None: the link was not measured.
+    """Elements of a piece on a link. chunk_nbytes: size of the transport's transfers; None: the link was not measured.
 
-    Small pieces overlap more, and cost more messages. Measured with TernGrad, 4 ranks on 2 cores, 12.6 M parameters: at
-    100 Mbit/s (chunks of 20 kB) a step takes 600 ms in pieces of a million elements, 635 in pieces of two million; at
-    1 Gbit/s 249 and 222; without a limit 231, 202, and 191 in pieces of eight million.
+    The size of transfers grows with the rate of the link. Small pieces overlap more, but need more messages. Measured
+    with TernGrad, 4 ranks on 2 cores, 12.6 M parameters: at 100 Mbit/s (transfers of 50 kB), a step takes 600 ms with
+    pieces of 1 M elements and 635 ms with 2 M; at 1 Gbit/s 249 ms and 222 ms; without a rate limit 231 ms, 202 ms, and
+    191 ms with 8 M.
     """
     if chunk_nbytes is None:
         return 2 * PIECE
-    return PIECE if chunk_nbytes < 1 << 16 else 2 * PIECE if chunk_nbytes < 1 << 20 else 8 * PIECE
+    return PIECE if chunk_nbytes < 5 << 15 else 2 * PIECE if chunk_nbytes < 5 << 19 else 8 * PIECE

@@ -1,4 +1,4 @@
-"""Parts whose rows differ in length: packed rows through a lossless byte coder, such as an entropy coder."""
+"""Parts of varying length: packed rows and totals go through a lossless byte coder, such as an entropy coder."""
 
 from abc import ABC, abstractmethod
 
@@ -9,28 +9,32 @@ from terncomm.wire import ByteCoder
 
 
 class Varying(Part, ABC):
-    """A part whose sizes are known when its bytes are made, and agreed on by all ranks.
+    """A part whose sizes depend on its content; ranks agree on the largest before they send it.
 
-    The exchange calls `prepare`, sets `up_nbytes` to the largest answer of all ranks, and then calls `pack`; and in
-    the same way `prepare_total`, `back_nbytes` and `combine`. That takes a small message more each way.
+    The exchange calls `prepare`, sets `up_nbytes` to the maximum of its results over ranks, and then calls `pack`. On
+    the way back it uses `prepare_total`, `back_nbytes` and `combine` in the same way. Each way needs one more small
+    all-gather.
     """
 
     @abstractmethod
     def prepare(self) -> int:
-        """Make this rank's rows; the bytes of the longest."""
+        """Make this rank's rows and keep them for `pack`; returns the bytes of the longest row."""
 
     @abstractmethod
     def prepare_total(self, received: torch.Tensor) -> int:
-        """Make the total of this rank's row as all ranks sent it, (W, up_nbytes) uint8; its bytes."""
+        """Make the total of this rank's row and keep it for `combine`; returns its bytes.
+
+        received: (W, up_nbytes) uint8, this rank's row as each rank sent it.
+        """
 
 
 class Compressed(Varying):
-    """Another part, each of its rows and totals through a byte coder.
+    """A part whose rows and totals go through a byte coder.
 
     Args:
-        inner: the part.
-        rows: its number of rows.
-        coder: lossless; on meta tensors it is not called, and sizes are those without it.
+        inner: the part without byte coder.
+        rows: number of rows of `inner`.
+        coder: the byte coder. It is not called for meta tensors: sizes are then those without it.
         device: of the buffer.
     """
 
@@ -68,9 +72,9 @@ class Compressed(Varying):
         """See :class:`Varying`."""
         self._inner.unpack(self._restored(totals, self._total_nbytes))
 
-    def keep(self, received: torch.Tensor) -> None:
+    def store_sum(self, received: torch.Tensor) -> None:
         """See :class:`Varying`."""
-        self._inner.keep(self._restored(received, self._shape[1]))
+        self._inner.store_sum(self._restored(received, self._shape[1]))
 
     def _make(self, rows: torch.Tensor) -> int:
         self._made = [row if row.is_meta else self._coder.shorten(row) for row in rows]
@@ -80,7 +84,10 @@ class Compressed(Varying):
         return torch.stack([row if row.is_meta else self._coder.restore(row, nbytes) for row in rows])
 
 
-def codes_of(coding: Coding, edges: tuple[int, ...], *, kept: tuple[int, int] | None = None) -> Part:
-    """Integers of a coding, as its codec has them on the wire; see :class:`terncomm.path.parts.Codes`."""
-    codes, coder = Codes(coding, edges, kept=kept), coding.codec.byte_coder
+def codes_of(coding: Coding, edges: tuple[int, ...], *, target_range: tuple[int, int] | None = None) -> Part:
+    """The codes of a coding as a part, with the codec's byte coder if it has one.
+
+    coding, edges, target_range: see :class:`terncomm.path.parts.Codes`.
+    """
+    codes, coder = Codes(coding, edges, target_range=target_range), coding.codec.byte_coder
     return codes if coder is None else Compressed(codes, len(edges) - 1, coder, coding.flat.device)

@@ -1,6 +1,6 @@
-"""Who moves the messages of a path: one after the other, W ranks in lockstep, or nobody, to count them.
+"""Drivers, which run paths: with blocking calls, for W ranks in lockstep without a network, or to count messages.
 
-:mod:`terncomm.path.pipeline` has the driver that runs many paths side by side.
+:mod:`terncomm.path.pipeline` has the driver that runs many paths concurrently.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +10,21 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from terncomm.path.account import Clock
-from terncomm.path.message import Message, Path, Start, Turn
+from terncomm.path.message import Message, Path, Start, WaitForTurn
 from terncomm.transports.base import Transport
 
 T = TypeVar("T")
-Transports = Mapping[str, Transport]  # by the group of a message
+Transports = Mapping[str, Transport]  # message group -> transport
 
 
 def blocking(path: Path[T], transport: Transport | Transports, clock: Clock | None = None, bucket: int = 0) -> T:
-    """Run a path over transports, each message by a call that blocks.
+    """Run a path to its end over transports, with one blocking call for each message.
 
     Args:
-        path: to be run to its end.
-        transport: of all ranks, or one for each group of ranks that the path names.
-        clock: where the time of the calls goes, as "exchange".
-        bucket: for profiles.
+        path: the path.
+        transport: over all ranks, or a mapping from message groups to transports.
+        clock: counts the time of the calls as "exchange".
+        bucket: index of the bucket, for profiles.
 
     Returns:
         What the path returns.
@@ -42,7 +42,7 @@ def blocking(path: Path[T], transport: Transport | Transports, clock: Clock | No
 
 
 def _in_turn(path: Path[T], send: Callable[[Message], torch.Tensor]) -> T:
-    """Run a path to its end, each message sent, and answered, when it is asked for."""
+    """Run a path to its end. Each message is sent as soon as the path asks for it; `send` returns the answer."""
     answer: Any = None
     while True:
         try:
@@ -54,12 +54,12 @@ def _in_turn(path: Path[T], send: Callable[[Message], torch.Tensor]) -> T:
         elif isinstance(request, Start):
             answer = [send(request.message)]
         else:
-            answer = None if isinstance(request, Turn) else request.pop()
+            answer = None if isinstance(request, WaitForTurn) else request.pop()
         del request
 
 
 def call(transport: Transport, message: Message) -> torch.Tensor:
-    """Send a message by a call that blocks; (W, k) uint8."""
+    """Send a message with a blocking call; returns the received rows, (W, k) uint8."""
     if message.kind == "all_gather":
         return transport.all_gather(message.payload)
     return transport.all_to_all(message.payload)
@@ -71,16 +71,17 @@ def lockstep(
     """Run the paths of W ranks in one thread, without a transport: for simulations and tests.
 
     Args:
-        paths: in rank order.
-        nodes: each rank's node, for paths whose messages stay among the ranks of a node, or of a place in it.
-        calls: where rank 0's messages are noted.
+        paths: one for each rank, in rank order.
+        nodes: the node number of each rank, for paths with messages in the groups "node" and "between"; by default all
+            ranks are on one node.
+        calls: a list to which rank 0's messages are appended.
 
     Returns:
         What the paths return, in rank order.
 
     Raises:
-        RuntimeError: ranks asked for different messages.
-        Exception: whatever a path raises; the others are closed.
+        RuntimeError: paths asked for different messages, or some ended early.
+        Exception: whatever a path raises; the other paths are closed.
 
     >>> def path(number):
     ...     rows = yield Message("all_gather", torch.tensor([number], dtype=torch.uint8))
@@ -102,9 +103,11 @@ def lockstep(
             if not requests:
                 return results
             if len(requests) < len(paths) or len({type(request) for request in requests}) > 1:
-                raise RuntimeError("some ranks asked for a message and others did not")
+                raise RuntimeError(
+                    "some ranks asked for a message and others did not; all ranks' paths must yield the same requests"
+                )
             if not isinstance(requests[0], (Message, Start)):
-                answers = [None if isinstance(request, Turn) else request.pop() for request in requests]
+                answers = [None if isinstance(request, WaitForTurn) else request.pop() for request in requests]
                 continue
             starts = isinstance(requests[0], Start)
             messages = [request.message for request in requests] if starts else requests
@@ -119,7 +122,7 @@ def lockstep(
 
 
 def _groups(world_size: int, nodes: Sequence[int] | None) -> dict[str, list[list[int]]]:
-    """For each group of ranks that a message may name, the members of each rank's."""
+    """Message group -> for each rank, the ranks of its group, ascending."""
     world = range(world_size)
     node = nodes or [0] * world_size
     place = [sum(node[other] == node[rank] for other in range(rank)) for rank in world]
@@ -153,9 +156,10 @@ class Call(NamedTuple):
 
 
 def counted(path: Path[Any], world_size: int) -> list[Call]:
-    """The messages of a path on meta tensors, without sending them: no second formula tells their sizes.
+    """The messages of a path on meta tensors; nothing is sent.
 
-    The path is rank 0's, and all its messages are among `world_size` ranks.
+    So planning runs the same code as training, and needs no second formula for message sizes. The path must be that of
+    rank 0, with all messages among `world_size` ranks.
     """
     calls: list[Call] = []
 

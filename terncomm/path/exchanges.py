@@ -1,13 +1,13 @@
-"""How parts travel between ranks: generators over parts, which `yield from` composes.
+"""Exchanges: how ranks send and add up parts. Each is a generator of messages, to be used with `yield from`.
 
-Bytes that each rank sends for a part, with u bytes of a packed row and b of a total, of W ranks:
+Bytes that each of W ranks sends for a part; u: bytes of a packed row, b: bytes of a total:
 
-* whole (`gather`): everyone gets what everyone has, and adds it up: (W - 1) u.
-* in rows (`two_phase`): row r goes to rank r, which adds it up and sends the total to everyone: (W - 1) (u + b).
-* :func:`reduce_scatter`: row r goes to rank r, which keeps the total: (W - 1) u.
+* whole (`gather`): every rank sends its part to all ranks, and adds up what it received: (W - 1) u.
+* in rows (`two_phase`): row r goes to rank r, which adds it up and sends the total to all ranks: (W - 1) (u + b).
+* :func:`reduce_scatter`: row r goes to rank r, which adds it up and keeps the total: (W - 1) u.
 
-The parts of a piece share its messages; each part begins at a multiple of 16 bytes. Before a message with parts whose
-rows differ in length (:class:`terncomm.path.compressed.Varying`), all ranks gather the lengths of the longest.
+All parts of a piece share its messages; each part begins at a multiple of 16 bytes. Before a message with parts of
+varying length (:class:`terncomm.path.compressed.Varying`), ranks all-gather the lengths and use the maximum.
 """
 
 from collections import deque
@@ -22,11 +22,11 @@ from terncomm.path.message import Message, Path, Start
 from terncomm.path.parts import Part
 from terncomm.wire import aligned
 
-_AHEAD = 2  # pieces whose rows are on their way before the first of them is waited for
+_AHEAD = 2  # messages in flight in each direction before the oldest is waited for
 
 
 class Piece(NamedTuple):
-    """Parts that travel together."""
+    """Parts that share messages. whole: sent whole to all ranks. rows: in W rows, row r for rank r."""
 
     whole: Sequence[Part]
     rows: Sequence[Part]
@@ -44,11 +44,11 @@ class _Columns:
         self.nbytes = at
 
     def of(self, message: torch.Tensor) -> list[torch.Tensor]:
-        """Each part's slice of a message, (..., nbytes)."""
+        """The slice of each part in a message of shape (..., nbytes)."""
         return [message[..., each] for each in self._slices]
 
     def empty(self, *rows: int, device: torch.device) -> torch.Tensor:
-        """A message to be filled, zeros where no part lies."""
+        """A new message, (*rows, nbytes) uint8. The padding between parts is zero; the parts are not initialized."""
         message = torch.empty(*rows, self.nbytes, dtype=torch.uint8, device=device)
         for each, following in zip(self._slices, [*self._slices[1:], slice(self.nbytes, None)], strict=True):
             message[..., each.stop : following.start] = 0
@@ -56,24 +56,25 @@ class _Columns:
 
 
 def all_reduce(pieces: Iterable[Piece], ctx: Context, device: torch.device, *, last: bool = True) -> Path[None]:
-    """Parts of each piece: from every rank, to every rank.
+    """All-reduce the parts of each piece; the pieces are pipelined.
 
-    The rows of the next piece are on their way before those of a piece are waited for, and its totals before the totals
-    of the piece before: packing, both ways and unpacking overlap, and at most four messages are held.
+    The rows of piece i + 1 are sent before the rows of piece i are waited for. The totals of piece i are sent before
+    the totals of piece i - 1 are waited for. So packing, both directions and unpacking overlap. At most four messages
+    are in memory.
 
-    last: no message of the path follows.
+    last: mark the final message as the last one of the path.
     """
     up: deque[tuple[Piece, Any]] = deque()
     back: deque[tuple[Piece, _Columns, Any]] = deque()
     for piece, final in _marked(pieces):
         up.append((piece, (yield from _start_rows(piece.rows, ctx, device))))
         if len(up) == _AHEAD:
-            back.append((yield from _turn(*up.popleft(), ctx, device)))
+            back.append((yield from _sum_rows(*up.popleft(), ctx, device)))
         if len(back) == _AHEAD:
             yield from _finish(*back.popleft(), ctx)
         if final:
             while up:
-                back.append((yield from _turn(*up.popleft(), ctx, device, last=last and not up)))
+                back.append((yield from _sum_rows(*up.popleft(), ctx, device, last=last and not up)))
     while back:
         yield from _finish(*back.popleft(), ctx)
 
@@ -81,9 +82,9 @@ def all_reduce(pieces: Iterable[Piece], ctx: Context, device: torch.device, *, l
 def reduce_scatter(
     parts: Sequence[Part], ctx: Context, device: torch.device, *, clear: torch.Tensor | None = None, last: bool = True
 ) -> Path[None]:
-    """Row r of each part to rank r, which keeps its total.
+    """Send row r of each part to rank r, which adds it up and keeps the total.
 
-    clear: set to zero before the totals are put in their places.
+    clear: a buffer that is set to zero before the totals are written. last: see :func:`all_reduce`.
     """
     yield from _agree_on_lengths(parts, [], [], ctx, device)
     columns = _Columns(part.up_nbytes for part in parts)
@@ -94,7 +95,7 @@ def reduce_scatter(
         if clear is not None:
             clear.zero_()
         for part, column in zip(parts, columns.of(received), strict=True):
-            part.keep(column)
+            part.store_sum(column)
 
 
 def _marked(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
@@ -109,14 +110,14 @@ def _marked(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
 
 
 def _pack(parts: Sequence[Part], columns: _Columns, ctx: Context, device: torch.device) -> torch.Tensor:
-    """(W, k) uint8: row r of every part."""
+    """Pack all parts into one message, (W, k) uint8; row r of it holds row r of every part."""
     rows = columns.empty(ctx.world_size, device=device)
     _fill(parts, columns.of(rows), ctx)
     return rows
 
 
 def _fill(parts: Sequence[Part], places: Sequence[torch.Tensor], ctx: Context) -> None:
-    """Pack parts to their places in a message, each (rows, up_nbytes) uint8."""
+    """Pack each part into its place in a message, (rows, up_nbytes) uint8, and count its bytes."""
     for part, place in zip(parts, places, strict=True):
         with ctx.phase("encode"):
             if not place.is_meta:
@@ -127,7 +128,11 @@ def _fill(parts: Sequence[Part], places: Sequence[torch.Tensor], ctx: Context) -
 def _agree_on_lengths(
     up: Sequence[Part], back: Sequence[Part], received: Sequence[torch.Tensor], ctx: Context, device: torch.device
 ) -> Path[None]:
-    """Of parts that vary: the largest row of any rank, of those that go up, and total, of those whose rows came."""
+    """Set the sizes of varying parts to the maximum over ranks. One all-gather; none if no part varies.
+
+    up: parts whose rows are sent next; sets `up_nbytes`. back: parts whose rows arrived as `received`; sets
+    `back_nbytes`.
+    """
     ups = [part for part in up if isinstance(part, Varying)]
     backs = [(part, rows) for part, rows in zip(back, received, strict=True) if isinstance(part, Varying)]
     if not ups and not backs:
@@ -147,7 +152,7 @@ def _agree_on_lengths(
 
 
 def _start_rows(parts: Sequence[Part], ctx: Context, device: torch.device) -> Path[Any]:
-    """The rows of parts to their owners; a ticket, or None where there are none."""
+    """Start to send row r of each part to rank r; returns the ticket, or None if there are no parts."""
     if not parts:
         return None
     yield from _agree_on_lengths(parts, [], [], ctx, device)
@@ -155,10 +160,10 @@ def _start_rows(parts: Sequence[Part], ctx: Context, device: torch.device) -> Pa
     return (yield Start(Message("all_to_all", rows)))
 
 
-def _turn(
+def _sum_rows(
     piece: Piece, ticket: Any, ctx: Context, device: torch.device, last: bool = False
 ) -> Path[tuple[Piece, _Columns, Any]]:
-    """The rows of a piece have come: add them up, and send to everyone the totals, and what travels whole."""
+    """Wait for the rows of a piece and add them up; start to send the totals and the whole parts to all ranks."""
     received = torch.empty(0) if ticket is None else (yield ticket)
     rows = _Columns(part.up_nbytes for part in piece.rows).of(received) if piece.rows else []
     yield from _agree_on_lengths(piece.whole, piece.rows, rows, ctx, device)
@@ -177,13 +182,13 @@ def _turn(
 
 
 def _finish(piece: Piece, columns: _Columns, ticket: Any, ctx: Context) -> Path[None]:
-    """Everyone's message of a piece has come: decode it."""
+    """Wait for the totals and whole parts of all ranks, and decode them."""
     received = yield ticket
     if received.is_meta:
         return
     with ctx.phase("decode"):
         places = columns.of(received)
         for part, place in zip(piece.whole, places[: len(piece.whole)], strict=True):
-            part.keep(place)
+            part.store_sum(place)
         for part, place in zip(piece.rows, places[len(piece.whole) :], strict=True):
             part.unpack(place)

@@ -1,18 +1,18 @@
-"""The header of a bucket: every rank says where it is and what it is about to send, and a difference is an error."""
+"""The header of a bucket: before ranks send gradients, they compare step, bucket, sizes and options."""
 
 import struct
 from typing import NamedTuple
 
 import torch
 
-PROLOGUE_NBYTES = 256  # of the first message, whatever the layers are: so ranks that differ can tell
+PROLOGUE_NBYTES = 256  # of the first message; fixed, so that ranks with different layers can compare headers
 _HEADER = struct.Struct("<qqqqqII")  # the fields of Header
-INLINE_NBYTES = PROLOGUE_NBYTES - _HEADER.size  # for statistics beside the header
-_JOINING = -(1 << 62)  # in place of a step
+INLINE_NBYTES = PROLOGUE_NBYTES - _HEADER.size  # room for statistics after the header
+_NO_STEP = -(1 << 62)  # in place of the step, in a header that belongs to no bucket
 
 
 class Header(NamedTuple):
-    """Where a rank is and what it is about to send; equal on all ranks, or it is an error."""
+    """Where a rank is and what it is about to send. Must be equal on all ranks."""
 
     seed: int
     step: int
@@ -23,9 +23,9 @@ class Header(NamedTuple):
     layers: int  # a checksum of which elements are which layer
 
     @classmethod
-    def joining(cls, number: int) -> "Header":
-        """In place of a bucket's header, from a rank that begins with new parameters or options."""
-        return cls(0, _JOINING, 0, number, 0, 0, 0)
+    def carrying(cls, number: int) -> "Header":
+        """A header that carries `number`; sent by a rank that begins with new parameters or options."""
+        return cls(0, _NO_STEP, 0, number, 0, 0, 0)
 
     def prologue(self, device: torch.device) -> torch.Tensor:
         """(PROLOGUE_NBYTES,) uint8: the header, and zeros where statistics may follow."""
@@ -35,11 +35,11 @@ class Header(NamedTuple):
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks came to the same exchange with different seeds, steps, buckets, codecs or layers."""
+    """Ranks called the same reduction with different seeds, steps, buckets, codecs or layers."""
 
 
 class Unchecked(NamedTuple):
-    """Headers that are still on their way from a CUDA device; :meth:`check` once `arrived` says so."""
+    """Headers that are being copied from a CUDA device. Call :meth:`check` once :meth:`arrived` returns True."""
 
     rank: int
     headers: torch.Tensor  # (W, _HEADER.size) uint8 on the host
@@ -50,12 +50,12 @@ class Unchecked(NamedTuple):
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
-        """Raise `RanksDiffer` unless all headers are alike."""
+        """Raise `RanksDiffer` unless all headers are equal."""
         same(self.headers, self.rank)
 
 
 def read(received: torch.Tensor) -> list[Header]:
-    """(W, at least the header's size) uint8 on the host -> the headers."""
+    """Parse the headers of all ranks: (W, k) uint8 on the host, k at least the size of a header."""
     return [Header(*_HEADER.unpack(bytes(row[: _HEADER.size].tolist()))) for row in received]
 
 
@@ -63,30 +63,32 @@ def same(received: torch.Tensor, rank: int) -> None:
     """Compare all ranks' prologues, (W, k) uint8 on the host.
 
     Raises:
-        RanksDiffer: a rank sent another header. The message names both sides.
+        RanksDiffer: a rank sent a different header. The message says what differs.
     """
     headers = read(received)
     if any(header != headers[rank] for header in headers):
         raise RanksDiffer(_difference(headers, rank))
 
 
-def numbers_of_joining(received: torch.Tensor, rank: int) -> list[int]:
-    """The number that each rank has sent by :meth:`Header.joining`.
+def carried_numbers(received: torch.Tensor, rank: int) -> list[int]:
+    """The number that each rank has sent with :meth:`Header.carrying`, in rank order.
 
     Raises:
-        RanksDiffer: some ranks reduce gradients meanwhile.
+        RanksDiffer: some ranks sent the header of a bucket instead: they are reducing gradients.
     """
     headers = read(received)
-    if any(header.step != _JOINING for header in headers):
+    if any(header.step != _NO_STEP for header in headers):
         raise RanksDiffer(_difference(headers, rank))
     return [header.elements for header in headers]
 
 
-def check(received: torch.Tensor, mine: torch.Tensor, rank: int, later: list[Unchecked] | None) -> torch.Tensor | None:
+def check(
+    received: torch.Tensor, mine: torch.Tensor, rank: int, unchecked: list[Unchecked] | None
+) -> torch.Tensor | None:
     """Compare all ranks' prologues (W, k) with `mine` (k,).
 
-    later: None to compare at once. Else nothing waits for the host: the headers are appended to be checked when they
-    have arrived, and the answer is a scalar on the device, whether they differ.
+    unchecked: None: compare now and return None. A list: do not wait for the device; the headers are appended to it,
+    to be checked when they have arrived on the host. Then returns a bool scalar on the device: whether they differ.
 
     Raises:
         RanksDiffer: see :func:`same`.
@@ -94,11 +96,11 @@ def check(received: torch.Tensor, mine: torch.Tensor, rank: int, later: list[Unc
     headers = received[:, : _HEADER.size]
     if received.is_meta:
         return None
-    if later is None:
+    if unchecked is None:
         same(headers.cpu(), rank)
         return None
     event = torch.cuda.Event() if headers.is_cuda else None  # type: ignore[no-untyped-call]
-    later.append(Unchecked(rank, headers.to("cpu", non_blocking=True), event))
+    unchecked.append(Unchecked(rank, headers.to("cpu", non_blocking=True), event))
     if event is not None:
         event.record()
     return (headers != mine[: _HEADER.size]).any()
@@ -107,18 +109,18 @@ def check(received: torch.Tensor, mine: torch.Tensor, rank: int, later: list[Unc
 _DIFFERENCES = {
     "elements": "a bucket of {0} elements here, of {1} there (bucket_cap_mb and the model must be equal on all ranks)",
     "configuration": "another codec, exchange or dtype",
-    "layers": "other layers, or other layers coded",
+    "layers": "different layers, or a different choice of coded layers",
 }
 
 
 def _difference(headers: list[Header], rank: int) -> str:
     mine = headers[rank]
-    joining = [header.step == _JOINING for header in headers]
-    if any(joining) and not all(joining):
-        new, old = (", ".join(str(r) for r, joins in enumerate(joining) if joins == side) for side in (True, False))
+    begins = [header.step == _NO_STEP for header in headers]
+    if any(begins) and not all(begins):
+        new, old = (", ".join(str(r) for r, new in enumerate(begins) if new == side) for side in (True, False))
         return (
             f"ranks are not in step. Rank {new} begins with new parameters, types or options, and rank {old} reduces "
-            "gradients as before: every rank must give the same in every call."
+            "gradients as before: every rank must pass the same parameters and options in every call."
         )
     other = next(r for r, header in enumerate(headers) if header != mine)
     told = [
@@ -128,5 +130,5 @@ def _difference(headers: list[Header], rank: int) -> str:
     ]
     return (
         f"ranks are not in step. Rank {rank} (here) and rank {other} (there): {'; '.join(told)}. Every rank must use "
-        "the same codec and options, switch it on and off at the same step, and run the same backward passes."
+        "the same codec and options, call enable() and disable() at the same step, and run the same backward passes."
     )

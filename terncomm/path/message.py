@@ -1,14 +1,14 @@
-"""What a path asks of its driver: messages, awaited at once, or started now and awaited later.
+"""What a path asks of its driver: send a message and wait for the answer, or start it now and wait later.
 
-A path is a generator. It yields a request and is sent the answer:
+A path is a generator. It yields a request, and the driver sends the answer back into it:
 
     rows = yield message           # send it and wait: (W, k) uint8, row r from rank r
     ticket = yield Start(message)  # send it and go on
     rows = yield ticket            # wait for it
 
-It never sees a network, a thread, a stream or a clock, so one path serves every engine; :mod:`terncomm.path.drivers`
-moves the messages. Requests must be a function of what is equal on all ranks: then all ranks send the same messages in
-the same order.
+A path uses no network and no threads, so every engine can run it; :mod:`terncomm.path.drivers` sends its messages.
+Requests must depend only on values that are equal on all ranks. Then all ranks send the same messages in the same
+order.
 """
 
 from collections.abc import Generator
@@ -25,8 +25,8 @@ class Message(NamedTuple):
     """One collective call.
 
     kind: "all_gather": payload (k,) uint8 goes to every rank. "all_to_all": payload (W, k) uint8, row r goes to rank r.
-    group: among which ranks: "all", or "node" and "between" for a rank's two groups.
-    last: no message follows in this path, so those of the next path may be sent.
+    group: the ranks that take part. "all"; "node": those of this node; "between": one of each node, at the same place.
+    last: this path sends no more messages, so the next path may send.
     """
 
     kind: Kind
@@ -46,10 +46,10 @@ class Start(NamedTuple):
     message: Message
 
 
-class Turn(NamedTuple):
-    """A request to wait until the path's turn to send is near; the answer is None.
+class WaitForTurn(NamedTuple):
+    """A request to wait until at most one earlier path may still send; the answer is None.
 
-    For a path that needs much memory from its beginning on.
+    For a path that needs much memory from its start. Only the pipeline waits; other drivers answer at once.
     """
 
 
@@ -57,7 +57,10 @@ Path = Generator[Any, Any, T]
 
 
 def within(group: str, path: Path[T]) -> Path[T]:
-    """The same path with its messages in another group of ranks. More messages follow it."""
+    """The same path, with its messages in the message group `group`.
+
+    `last` is cleared in its messages: the caller must send more messages after them.
+    """
     answer = None
     while True:
         try:

@@ -1,10 +1,12 @@
-"""Parts: what a bucket holds of one kind, cut into rows. Bytes in, bytes out; the buffer is changed last.
+"""Parts: the data of one kind in a bucket, cut into rows that are packed into bytes.
 
-A part travels in one of three ways, and :mod:`terncomm.path.exchanges` has them:
+A part is sent in one of three ways, see :mod:`terncomm.path.exchanges`:
 
-* whole: one row, which every rank gets from all ranks: `pack`, then `keep` everywhere.
-* in rows: W rows, row r to rank r, which adds it up; the totals return: `pack`, `combine`, `unpack`.
-* scattered: W rows, row r to rank r, which keeps its total: `pack`, `keep`.
+* whole: one row; every rank sends it to all ranks. Calls: `pack`, then `store_sum` on every rank.
+* in rows: W rows; row r goes to rank r, which adds it up and sends the total back. Calls: `pack`, `combine`, `unpack`.
+* scattered: W rows; row r goes to rank r, which adds it up and keeps the total. Calls: `pack`, `store_sum`.
+
+Only `unpack` and `store_sum` write to the buffer.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,31 +24,34 @@ from terncomm.path.sums import NarrowRows
 from terncomm.segments import Segments
 from terncomm.wire import aligned, packing_for
 
-_AT_A_TIME = 1 << 16  # floats added at a time: their sum may need wider ones
+_AT_A_TIME = 1 << 16  # elements added at a time: bounds the memory for a sum in a wider type
 
 
 class Part(Protocol):
-    """One kind of thing in a bucket, or in a piece of it. All packed rows have one size, and so have all totals."""
+    """Data of one kind in a bucket, or in a piece of it. All packed rows have the same size, and so have all totals."""
 
-    label: str  # what its bytes are counted as
+    label: str  # its bytes are counted under this name
     up_nbytes: int  # of a packed row
     back_nbytes: int  # of a total
 
     def pack(self, out: torch.Tensor) -> None:
-        """This rank's contribution -> out, (rows, up_nbytes) uint8, whose rows may be slices of longer ones."""
+        """Pack this rank's rows into `out`, (rows, up_nbytes) uint8, which may be a slice of a wider tensor."""
 
     def combine(self, received: torch.Tensor, out: torch.Tensor) -> None:
-        """This rank's row as all ranks sent it, (W, up_nbytes) uint8 -> its total for everyone, out (back_nbytes,)."""
+        """Add up this rank's row and pack the total.
+
+        received: (W, up_nbytes) uint8, the row as each rank sent it. out: (back_nbytes,) uint8, for all ranks.
+        """
 
     def unpack(self, totals: torch.Tensor) -> None:
-        """The totals of all rows, (rows, back_nbytes) uint8, to their places."""
+        """Write the totals of all rows, (rows, back_nbytes) uint8, to their places."""
 
-    def keep(self, received: torch.Tensor) -> None:
-        """One row as all ranks sent it, (W, up_nbytes) uint8: its total to its place, and nothing travels back."""
+    def store_sum(self, received: torch.Tensor) -> None:
+        """Add up one row, (W, up_nbytes) uint8 as each rank sent it, and write the total to its place."""
 
 
 class Target(NamedTuple):
-    """Where decoded values go: `segments` of `out`, with a shared scale each."""
+    """Where decoded values go: to `segments` of `out`. `shared`: (..., L) float32, their agreed statistics."""
 
     out: torch.Tensor
     segments: Segments
@@ -54,15 +59,15 @@ class Target(NamedTuple):
 
 
 class Coding:
-    """A group of layers under one codec in this step: what the pieces of the group have in common.
+    """One group of layers under one codec, in one step. Shared by all pieces of the group.
 
     Args:
-        flat: (n,) floats; read, and not changed unless it is the target.
-        segments: those that have a scale of their own.
-        codec: how.
+        flat: (n,) floats; not changed unless it is the target.
+        segments: the layers, cut so that each segment has one scale.
+        codec: the codec of the group.
         local, shared: (..., L) float32 statistics of this rank, and those that all ranks agreed on.
         key, rank, world_size: of the rounding noise.
-        divisor: what the sum is divided by; by default W, for the mean.
+        divisor: the sum over ranks is divided by it; by default W, for the mean.
         target: where decoded values go; by default back into `flat`.
     """
 
@@ -88,13 +93,13 @@ class Coding:
 
     @cached_property
     def rounding(self) -> Rounding | None:
-        """For the kernel that encodes and packs at once."""
+        """The arguments of the fused kernel that encodes and packs; None: the codec has no fused kernel."""
         where = {"rank": self.rank, "world_size": self.world_size}
         return self.codec.rounding(self.segments, self._local, self._shared, self.key, **where)
 
     @cached_property
     def unit(self) -> torch.Tensor | None:
-        """For the kernel that unpacks and decodes at once."""
+        """The factors of the fused kernel that unpacks and decodes; None: the codec has no fused kernel."""
         return self.codec.unit(self.target.shared, self.divisor)
 
     @cached_property
@@ -107,13 +112,13 @@ class Coding:
         return self.codec.encode(self.flat, self.segments, self._local, self._shared, self.key, **where)
 
     def own(self) -> torch.Tensor:
-        """What this rank's codes alone decode to, (n,) float32 in the places of `flat`; the gaps hold anything."""
+        """Decode only this rank's codes: (n,) float32, laid out like `flat`; gaps between segments are undefined."""
         codes = self.codes if self.rounding is None else self._encode()
         out = torch.empty_like(self.flat, dtype=torch.float32)
         return self.codec.decode(codes.to(torch.int32), self.segments, self._shared, 1.0, out=out)
 
     def decode(self, totals: torch.Tensor, begin: int) -> None:
-        """(planes, m) int32 totals of the target's dense elements from `begin` on, to their places."""
+        """Decode totals, (planes, m) int32, and write them to the target's dense elements from `begin` on."""
         out, segments, shared = self.target
         if self.unit is not None:
             ops.decode(totals[0], segments, self.unit, begin, out)
@@ -123,20 +128,21 @@ class Coding:
 
 
 class Codes:
-    """Integers of a coding: packed codes up, packed sums back.
+    """The codes of a coding, as a part: packed codes are sent up, packed sums are sent back.
 
-    edges: (rows + 1,) dense elements of the coding, where rows begin and the last ends.
-    kept: the target's dense [begin, end) that `keep` fills; by default those of the single row.
+    edges: (rows + 1,) dense indices of the coding where rows begin, and where the last one ends.
+    target_range: for a reduce-scatter, the target's dense elements [begin, end) that `store_sum` writes; by default the
+        single row.
     """
 
-    def __init__(self, coding: Coding, edges: Sequence[int], *, kept: tuple[int, int] | None = None) -> None:
+    def __init__(self, coding: Coding, edges: Sequence[int], *, target_range: tuple[int, int] | None = None) -> None:
         codec, world_size = coding.codec, coding.world_size
         self.label = codec.name
         self._coding = coding
         self._edges = tuple(edges)
         self._length = max(end - begin for begin, end in pairwise(edges))
-        self._kept = (edges[0], edges[-1]) if kept is None else kept
-        self._scatters = kept is not None
+        self._target_range = (edges[0], edges[-1]) if target_range is None else target_range
+        self._scatters = target_range is not None
         low, high = codec.alphabet
         self._up = packing_for(low, high)
         self._back = packing_for(low * world_size, high * world_size)
@@ -185,9 +191,9 @@ class Codes:
             planes = [self._returned(row, totals[row, plane * self._back_plane :]) for plane in range(self._planes)]
             coding.decode(torch.stack(planes)[:, : end - begin], begin)
 
-    def keep(self, received: torch.Tensor) -> None:
+    def store_sum(self, received: torch.Tensor) -> None:
         """See :class:`Part`."""
-        coding, (begin, end) = self._coding, self._kept
+        coding, (begin, end) = self._coding, self._target_range
         if self._narrow is None and coding.unit is not None:
             where = begin, end, self._length, coding.target.out
             ops.unpack_decode(received, self._up, coding.target.segments, coding.unit, *where)
@@ -198,7 +204,7 @@ class Codes:
         coding.decode(torch.stack(totals), begin)
 
     def _totals(self, received: torch.Tensor) -> list[torch.Tensor]:
-        """One row of all ranks -> the sum of each plane, (length,) int32."""
+        """Add up one row over ranks, (W, up_nbytes) uint8: (length,) int32 for each plane."""
         octets = self._up.nbytes(self._length)
         places = [plane * self._up_plane for plane in range(self._planes)]
         return [ops.unpack_sum(received[:, at : at + octets], self._up, self._length) for at in places]
@@ -210,17 +216,19 @@ class Codes:
 
 
 class Floats:
-    """Layers that travel without a codec: floats up, their mean in rank order back; the same bits in every engine.
+    """Layers that are averaged as floats, as a part: without a codec, or under "bf16" or "fp16".
 
-    Added in float64 for float64 and else in float32, divided, then cast back.
+    Floats are added in rank order, so every engine gives the same bits. They are added in float64 if they are float64,
+    else in float32. The sum is divided and then cast back.
 
     Args:
-        flat: (n,) floats; read, and changed unless there is a target.
+        flat: (n,) floats; changed unless there is a target.
         segments: the layers.
         edges: see :class:`Codes`.
-        divisor: what the sum is divided by: W for the mean.
+        divisor: the sum over ranks is divided by it; W for the mean.
+        label: see :class:`Part`.
         dtype: on the wire; by default that of `flat`.
-        target: the buffer and the segments of it that `keep` fills; by default those of the single row in `flat`.
+        target: (buffer, segments) that `store_sum` writes; by default the single row in `flat`.
     """
 
     def __init__(
@@ -257,7 +265,7 @@ class Floats:
             for at, offset, count in self._segments.spans(begin, end):
                 self._flat[offset : offset + count] = row[at : at + count]
 
-    def keep(self, received: torch.Tensor) -> None:
+    def store_sum(self, received: torch.Tensor) -> None:
         """See :class:`Part`."""
         mean = received.new_empty(self._length, dtype=self._dtype)
         ordered_mean(received.view(self._dtype), self._divisor, mean)
@@ -268,7 +276,7 @@ class Floats:
 
 
 def ordered_mean(rows: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
-    """(W, m) floats, added row by row, over `divisor` -> out (m,) of their type."""
+    """Add up rows, (W, m) floats, in their order, and divide by `divisor`. out: (m,) of the same dtype."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     for begin in range(0, rows.shape[1], _AT_A_TIME):
         piece = rows[:, begin : begin + _AT_A_TIME]
@@ -279,12 +287,12 @@ def ordered_mean(rows: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
 
 
 class Statistics:
-    """What ranks measured of a group's segments, up; what they agree on, back.
+    """The statistics of a group's segments, as a part: those of each rank are sent up, the agreed ones back.
 
     Args:
         local: (..., L) float32; not modified.
-        agree: (W, ..., m) statistics of some segments, in rank order -> (..., m), the same on all ranks.
-        edges: (rows + 1,) segments.
+        agree: :meth:`IntegerCodec.agree` of the group's codec, (W, ..., m) in rank order -> (..., m).
+        edges: (rows + 1,) numbers of the segments where rows begin, and where the last one ends.
     """
 
     label = "scales"
@@ -311,7 +319,7 @@ class Statistics:
         for row, (begin, end) in zip(totals.view(torch.float32), pairwise(self._edges), strict=True):
             self.shared[..., begin:end] = row.view(self._shape)[..., : end - begin]
 
-    def keep(self, received: torch.Tensor) -> None:
+    def store_sum(self, received: torch.Tensor) -> None:
         """See :class:`Part`."""
         self.shared.copy_(self._agreed(received))
 

@@ -1,12 +1,13 @@
-"""The pipelined driver: many paths side by side, and one order on the wire.
+"""The pipelined driver: runs many paths concurrently, and sends their messages in one fixed order.
 
-Two threads. One computes: whichever path has what it waits for goes on. The other owns the wire: it begins messages,
-keeps several transfers under way across the borders of messages, and waits for what comes.
+There are two threads. The compute thread resumes each path whose answer has arrived. The wire thread starts messages,
+keeps several transfers in flight, also from different messages, and waits for them.
 
-The order on the wire is a function of the paths alone: all messages of a path, in the order in which it asks for them,
-then those of the path that was submitted next. So it is the same on every rank whatever gets ready when; no two ranks
-can wait for each other, and nothing is paired wrongly. Only computing runs ahead: a path whose turn has not come is
-run up to the first answer that it needs, and a path's last message lets the next path send before it is answered.
+The order of messages depends only on the paths: first all messages of a path, in the order in which it asks for them,
+then those of the path that was submitted next. So the order is the same on every rank, whichever path is ready first.
+No two ranks can wait for each other, and no messages are mispaired. Only computing runs ahead: a path whose turn to
+send has not come runs until it needs its first answer. After the last message of a path the next path may send at once;
+it does not wait for the answer.
 
 No collective is ever issued from a `.then` callback. Callbacks run in completion order, which differs from rank to
 rank; collectives issued from them pair up wrongly, on gloo without any error.
@@ -27,14 +28,14 @@ from torch.profiler import record_function
 
 from terncomm.path.account import Clock
 from terncomm.path.drivers import Transports, call
-from terncomm.path.message import Message, Path, Start, Turn
+from terncomm.path.message import Message, Path, Start, WaitForTurn
 from terncomm.transports.base import Transport, Wait, overlaps
 
 _log = logging.getLogger("terncomm")
 
-_JOIN_S = 0.5  # for an idle thread to end; one that is stuck in a call is left alone
+_JOIN_S = 0.5  # seconds to wait for the compute thread at exit; a thread that is stuck in a call is not stopped
 
-Failing = Callable[[Exception, str], Exception]
+Failing = Callable[[Exception, str], Exception]  # (error, phase) -> the error that the future raises
 
 
 class PipelineFailed(RuntimeError):
@@ -42,15 +43,15 @@ class PipelineFailed(RuntimeError):
 
 
 class _Job:
-    """A path under way."""
+    """A submitted path and its state."""
 
     def __init__(
         self, path: Path[torch.Tensor], transports: Transports, clock: Clock, failing: Failing, bucket: int
     ) -> None:
         self.path, self.transports, self.clock, self.failing, self.bucket = path, transports, clock, failing, bucket
-        self.threads = torch.get_num_threads()  # torch keeps the number per thread
+        self.threads = torch.get_num_threads()  # torch keeps this setting per thread
         self.outcome: torch.futures.Future[Any] = torch.futures.Future()
-        self.held: deque[_Ticket] = deque()  # messages until its turn comes
+        self.held: deque[_Ticket] = deque()  # messages that wait until it is this path's turn to send
         self.wanted: _Ticket | None = None
         self.sends = True  # more messages may follow
         self.waits_for_turn = False
@@ -60,14 +61,14 @@ class _Job:
         self.result: Any = None
 
     def advance(self, answer: Any) -> None:
-        """Run the path up to the next answer that has not come."""
+        """Send `answer` into the path, and run it until it needs an answer that has not arrived."""
         if self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)
         self.wanted = None
         try:
             while True:
                 request = self.path.send(answer)
-                if isinstance(request, Turn):
+                if isinstance(request, WaitForTurn):
                     self.waits_for_turn = True
                     return
                 if isinstance(request, (Message, Start)):
@@ -83,19 +84,19 @@ class _Job:
                 answer, request.rows = request.rows, None
         except StopIteration as end:
             self.result = end.value
-        except BaseException as error:  # SystemExit, too: nobody else waits for this thread, and the futures would hang
+        except BaseException as error:  # SystemExit, too: if this thread ended, the futures would never complete
             self.fail(_ordinary(error), self.clock.phase)
             self.clock.phase = ""
         self.ended = True
 
     def fail(self, error: Exception, phase: str) -> None:
-        """Note an error; it is raised when all jobs before this one have ended."""
+        """Record an error; the future raises it when all earlier jobs have ended."""
         self.error, self.phase, self.ended = error, phase, True
         _abandon(self.path)
 
 
 class _Ticket:
-    """A message of a job, and what came."""
+    """A message of a job, and the received rows, (W, k) uint8; None until they have arrived."""
 
     def __init__(self, job: _Job, message: Message) -> None:
         self.job, self.message = job, message
@@ -103,10 +104,10 @@ class _Ticket:
 
 
 class Pipeline:
-    """Runs paths side by side; submit them in the same order on every rank.
+    """Runs paths concurrently; submit them in the same order on every rank.
 
-    After a path has failed, those before it still end, and those after it fail too, with the first error as their
-    cause: ranks may have parted ways.
+    If a path fails, earlier paths still complete. Later paths fail with :class:`PipelineFailed`, because ranks may no
+    longer be in step; the first error is its cause.
     """
 
     def __init__(self) -> None:
@@ -118,15 +119,15 @@ class Pipeline:
         """Queue a path.
 
         Args:
-            path: to be run.
-            transports: of this rank, by the group of a message; nobody else uses them meanwhile.
-            clock: where the time of the wire goes.
-            failing: called once, when all paths before have ended, with the error of a path or a transport and the
-                phase in which it came; returns the error that the future raises.
+            path: the path.
+            transports: message group -> transport of this rank. Nothing else may use them while the pipeline runs.
+            clock: its `wire_s` counts the time of the wire thread.
+            failing: called once if this path or its transport fails, when all earlier paths have ended: (error, phase)
+                -> the error that the future raises.
             bucket: for profiles.
 
         Returns:
-            A future that holds what the path returns, or raises its error in its own words.
+            A future of the path's result. If the path fails, it raises the error of `failing` with its own message.
         """
         if self._inbox is None:
             self._inbox = _Inbox()
@@ -135,7 +136,7 @@ class Pipeline:
             weakref.finalize(self, _close, self._inbox, computing)  # runs at interpreter exit too
         job = _Job(path, transports, clock, failing, bucket)
         self._inbox.put_job(job)
-        # An exception set on a future that DDP holds surfaces as a cast error; one raised in `then` keeps its words.
+        # An exception set on a future that DDP holds surfaces as a cast error; one raised in `then` keeps its message.
         return job.outcome.then(_unwrap)
 
 
@@ -153,7 +154,7 @@ def _close(inbox: "_Inbox", computing: threading.Thread) -> None:
 
 
 class _Inbox:
-    """What the computing thread waits for: answers first, then new jobs."""
+    """The queue of the compute thread: answers first, then new jobs."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -168,19 +169,19 @@ class _Inbox:
             self._changed.notify()
 
     def put_answer(self, answer: _Ticket | Exception) -> None:
-        """Add a message that has come, or the error that ended the wire."""
+        """Add a message whose rows have arrived, or the error that ended the wire thread."""
         with self._changed:
             self._answers.append(answer)
             self._changed.notify()
 
     def close(self) -> None:
-        """Let whoever waits go once nothing is left."""
+        """Make `get` return None as soon as the queue is empty."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def get(self) -> _Ticket | Exception | _Job | None:
-        """The next; None once it is closed and empty."""
+        """Wait for the next item; None: the queue is closed and empty."""
         with self._changed:
             while not (self._answers or self._jobs or self._closed):
                 self._changed.wait()
@@ -190,9 +191,9 @@ class _Inbox:
 
 
 def _compute(inbox: _Inbox) -> None:
-    """The computing thread."""
+    """The compute thread."""
     wire = _Wire(inbox)
-    jobs: deque[_Job] = deque()  # that have not ended, in order
+    jobs: deque[_Job] = deque()  # jobs that have not completed, in order
     failed: BaseException | None = None
     while (item := inbox.get()) is not None:
         if failed is not None:
@@ -210,13 +211,16 @@ def _compute(inbox: _Inbox) -> None:
                 item.job.advance(rows)
                 del rows
             failed = _settle(jobs, wire)
-        del item  # what it holds must not live until the next one comes
+        del item  # else its tensors would be kept alive while `get` waits
     wire.close()
 
 
 def _settle(jobs: deque[_Job], wire: "_Wire") -> BaseException | None:
-    """Send what is due, and end the jobs that are done, in order. Returns the error that ends the pipeline."""
-    sending = 0  # jobs so far that may send more
+    """Send the messages whose turn has come, and complete finished jobs in order.
+
+    Returns the error that ends the pipeline, or None.
+    """
+    sending = 0  # number of earlier jobs that may still send
     for job in jobs:
         if job.waits_for_turn:
             job.waits_for_turn = False
@@ -254,7 +258,7 @@ def _abandon(path: Path[torch.Tensor]) -> None:
 
 
 def _told(job: _Job, error: Exception) -> Exception:
-    """What the job's future raises for an error, even if telling the other ranks fails."""
+    """The error that the job's future raises, also if reporting it to the other ranks fails."""
     try:
         return job.failing(error, job.phase)
     except BaseException as second:
@@ -263,7 +267,7 @@ def _told(job: _Job, error: Exception) -> Exception:
 
 
 def _ordinary(error: BaseException) -> Exception:
-    """An error that `except Exception` catches."""
+    """Wrap an error in a RuntimeError if `except Exception` would not catch it."""
     if isinstance(error, Exception):
         return error
     found = RuntimeError(f"{type(error).__name__}: {error}")
@@ -278,29 +282,29 @@ def _follow_up(failed: BaseException) -> PipelineFailed:
 
 
 class _Wire:
-    """The thread that owns the wire."""
+    """The wire thread, and the queue of messages that it sends."""
 
     def __init__(self, inbox: _Inbox) -> None:
         self._due: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
         threading.Thread(target=_transmit, args=(self._due, inbox), name="terncomm-wire", daemon=True).start()
 
     def send(self, ticket: _Ticket) -> None:
-        """Begin this message after those before."""
+        """Queue a message; messages are sent in this order."""
         self._due.put(ticket)
 
     def close(self) -> None:
-        """Let the thread end when it has begun what is due."""
+        """Let the thread end after it has started all queued messages."""
         self._due.put(None)
 
 
 class _Transfer:
-    """A part of a message under way, or at last, without a wait, the message as it came."""
+    """A transfer in flight. The final one of a message has no `wait`, but the received rows."""
 
     def __init__(self, wait: Wait | None, ticket: _Ticket, rows: torch.Tensor | None = None) -> None:
         self.wait, self.ticket, self._rows = wait, ticket, rows
 
     def finish(self, inbox: _Inbox) -> None:
-        """Wait for it; at last, answer."""
+        """Wait for the transfer. If it is the final one of its message, pass the rows to the compute thread."""
         if self.wait is not None:
             with _timed(self.ticket):
                 self.wait()
@@ -319,7 +323,7 @@ def _timed(ticket: _Ticket) -> Iterator[None]:
 
 
 def _transmit(due: "queue.SimpleQueue[_Ticket | None]", inbox: _Inbox) -> None:
-    """The wire's thread: begin messages in their order, and wait for their transfers in the same."""
+    """The wire thread: start messages in order, and wait for their transfers in the same order."""
     flight: deque[_Transfer] = deque()
     try:
         while (ticket := _next(due, flight, inbox)) is not None:
@@ -331,7 +335,7 @@ def _transmit(due: "queue.SimpleQueue[_Ticket | None]", inbox: _Inbox) -> None:
 
 
 def _begin(ticket: _Ticket, flight: deque[_Transfer], inbox: _Inbox) -> None:
-    """Start the transfers of a message, as many at a time as the transport wants under way."""
+    """Start the transfers of a message. At most `transport.in_flight` are in flight at a time."""
     transport = ticket.job.transports[ticket.message.group]
     most = transport.in_flight if overlaps(transport) else 0
     while flight and not most:
@@ -365,7 +369,7 @@ def _transfers(ticket: _Ticket, transport: Transport) -> Iterator[_Transfer]:
 
 
 def _next(due: "queue.SimpleQueue[_Ticket | None]", flight: deque[_Transfer], inbox: _Inbox) -> _Ticket | None:
-    """The next message to begin; while there is none, transfers are waited for. None: the wire is closed."""
+    """The next message to start. While there is none, wait for transfers in flight. None: the queue is closed."""
     while flight:
         try:
             return due.get_nowait()

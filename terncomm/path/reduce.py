@@ -1,13 +1,13 @@
-"""The path of one bucket, and the page to read first.
+"""The path of one bucket. Read this module first.
 
-1. `codec.measure`: this rank's statistics of each layer: its clip limit, which is also its scale.
-2. :func:`agree`: a header that proves that all ranks are at the same place, and the statistics that all ranks share.
-3. encode and pack: small integers, row by row.
-4. an exchange: the exact sum of the integers over ranks.
-5. unpack and decode: one multiplication, back into the buffer.
+1. `codec.measure`: this rank's statistics of each layer. For most codecs this is a clip limit, which is also the scale.
+2. :func:`agree`: ranks compare headers, to be sure that they are in step, and agree on shared statistics.
+3. Encode and pack: gradients become small integers, packed row by row.
+4. Exchange: the integers are added up over ranks.
+5. Unpack and decode: one multiplication; the result is written to the buffer.
 
-What travels exactly is averaged in the same messages, in rank order. Each function here is a generator of messages;
-:mod:`terncomm.path.drivers` says who moves them.
+Layers without a codec are averaged in the same messages, added in rank order. Each function here is a generator of
+messages; the drivers in :mod:`terncomm.path.drivers` and :mod:`terncomm.path.pipeline` send them.
 """
 
 import zlib
@@ -20,10 +20,10 @@ import torch
 from terncomm.codecs.base import Agreed, Local
 from terncomm.path import exchanges
 from terncomm.path.account import Context
-from terncomm.path.bucket import SMALL, Bucket, Cut
+from terncomm.path.bucket import SMALL, Bucket, PieceLayout
 from terncomm.path.compressed import codes_of
 from terncomm.path.exchanges import Piece
-from terncomm.path.header import INLINE_NBYTES, PROLOGUE_NBYTES, Header, Unchecked, check, numbers_of_joining
+from terncomm.path.header import INLINE_NBYTES, PROLOGUE_NBYTES, Header, Unchecked, carried_numbers, check
 from terncomm.path.message import Message, Path, within
 from terncomm.path.parts import Coding, Floats, Part, Statistics, Target
 from terncomm.path.shards import CodedShards, Shards
@@ -40,27 +40,27 @@ def all_reduce_mean(
     ctx: Context,
     *,
     exchange: str = "auto",
-    later: list[Unchecked] | None = None,
+    unchecked: list[Unchecked] | None = None,
     last: bool = True,
     staging: Staging | None = None,
 ) -> Path[None]:
     """Replace the elements of `flat` that `bucket` describes by an estimate of their mean over ranks.
 
-    The same bits on every rank, whatever the exchange and the pieces are.
+    The result has the same bits on every rank, for every exchange and every size of pieces.
 
     Args:
-        flat: (n,) contiguous floats of any type, changed in place. Codes are made of the values as float32.
-        bucket: which layers travel how; equal on all ranks.
+        flat: (n,), contiguous, of a dtype in DTYPES; changed in place. An integer codec reads it as float32.
+        bucket: the layers and their codecs; must be equal on all ranks.
         ctx: of this reduction.
         exchange: "auto", "gather" or "two_phase".
-        later: for CUDA, where checking the other ranks' headers at once would stall the device; see :func:`agree`.
-        last: no message of the path follows.
-        staging: stages that coded layers pass, before they are coded and once their means are there.
+        unchecked: for CUDA: a list of headers to be checked later, so that the host does not wait; see :func:`agree`.
+        last: mark the final message as the last one of the path.
+        staging: stages that change the gradients of layers under integer codecs, and their means.
 
     Raises:
-        TypeError: `flat` is not of one of DTYPES.
-        ValueError: the layers do not fit the buffer, or an unknown exchange.
-        RanksDiffer: ranks came with different arguments.
+        TypeError: `flat` has a dtype that is not in DTYPES.
+        ValueError: the layers do not fit the buffer, or the exchange is unknown.
+        RanksDiffer: ranks called with different arguments.
     """
     check_dtype(flat)
     bucket.check(flat)
@@ -77,7 +77,7 @@ def all_reduce_mean(
         local = [group.codec.measure(flat, group.segments) for group in bucket.coded]
     header = _header(ctx, flat.numel(), bucket.coded_numel, configuration, bucket.checksum)
     ways = [group.codec.agree for group in bucket.coded]
-    shared = yield from agree(header, local, ways, ctx, flat.device, later=later, last=last and not cuts)
+    shared = yield from agree(header, local, ways, ctx, flat.device, unchecked=unchecked, last=last and not cuts)
     with ctx.phase("encode", "prepare"):
         codings = [
             Coding(flat, group.segments, group.codec, mine, ours, key=ctx.key, rank=ctx.rank, world_size=ctx.world_size)
@@ -86,7 +86,7 @@ def all_reduce_mean(
     if staging is not None and staging.keeps_state:
         with ctx.phase("encode", "stages"):
             for group, coding, each in zip(bucket.coded, codings, given, strict=True):
-                staging.sent(coding.own(), group.layers, ctx, each)
+                staging.compute_next_states(coding.own(), group.layers, ctx, each)
 
     def part(index: int, edges: tuple[int, ...]) -> Part:
         if index < len(codings):
@@ -94,7 +94,7 @@ def all_reduce_mean(
         group = bucket.floats[index - len(codings)]
         return Floats(flat, group.segments, edges, divisor=ctx.world_size, label=group.label, dtype=group.dtype)
 
-    def piece(cut: Cut) -> Piece:
+    def piece(cut: PieceLayout) -> Piece:
         return Piece([part(*each) for each in cut.whole], [part(*each) for each in cut.rows])
 
     yield from exchanges.all_reduce(map(piece, cuts), ctx, flat.device, last=last)
@@ -111,24 +111,29 @@ def agree(
     ctx: Context,
     device: torch.device,
     *,
-    later: list[Unchecked] | None = None,
+    unchecked: list[Unchecked] | None = None,
     last: bool = False,
 ) -> Path[list[Agreed]]:
-    """Statistics of this rank -> those that all ranks agree on, once all ranks proved to be in step.
+    """Check that all ranks are in step, and agree on the statistics of each group.
 
-    The first message has one size whatever the layers are: the header, and the statistics where they fit. More of them
-    follow in messages of their own: whole while that is small, else in rows.
+    The first message has a fixed size: the header, and the statistics if they fit behind it. If not, the statistics
+    follow in messages of their own: whole if they take at most SMALL bytes over all ranks, else in rows.
 
     Args:
         header: of this bucket.
-        local, ways: of each group: (..., L) float32, and how ranks agree on it.
+        local: for each group, this rank's statistics, (..., L) float32.
+        ways: for each group, the `agree` of its codec: (W, ..., m) float32 -> (..., m).
         ctx, device: of the reduction.
-        later: nothing waits for the host: where headers differ all statistics become +inf, so that every rank gets
-            non-finite gradients, and the headers are appended to be checked when they have arrived.
-        last: no message of the path follows.
+        unchecked: None: compare the headers now. A list: do not wait for the device. The headers are appended to it,
+            to be checked when they have arrived on the host. If they differ, all statistics become +inf, so that all
+            coded layers become non-finite on every rank.
+        last: mark the final message as the last one of the path, if the statistics fit behind the header.
+
+    Returns:
+        For each group, the agreed statistics, (..., L) float32.
 
     Raises:
-        RanksDiffer: a rank sent another header. Every rank raises, naming both sides.
+        RanksDiffer: a rank sent a different header. Raised on every rank; the message says what differs.
     """
     nbytes = sum(4 * each.numel() for each in local)
     inline = nbytes <= INLINE_NBYTES
@@ -143,10 +148,10 @@ def agree(
     ctx.count("checks", PROLOGUE_NBYTES)
     received = yield Message("all_gather", message, last=last and inline)
     with ctx.phase("exchange", "share"):
-        differ = check(received, message, ctx.rank, later)
+        differ = check(received, message, ctx.rank, unchecked)
         for part, place in zip(parts, _columns(received, widths), strict=True):
             if inline:
-                part.keep(place)
+                part.store_sum(place)
     if not inline:
         piece = Piece([], parts) if rows > 1 else Piece(parts, [])
         yield from exchanges.all_reduce([piece], ctx, device, last=False)
@@ -155,7 +160,7 @@ def agree(
 
 
 def _columns(rows: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
-    """Columns of (W, k) that follow one another, but for the first."""
+    """Split rows, (W, k), into columns of these widths, and drop the first one (the header)."""
     return list(torch.split(rows[:, : sum(widths)], list(widths), dim=1))[1:]
 
 
@@ -166,28 +171,28 @@ def reduce_scatter(
     *,
     divisor: float,
     out: torch.Tensor,
-    later: list[Unchecked] | None = None,
+    unchecked: list[Unchecked] | None = None,
 ) -> Path[None]:
-    """Leave the sum over ranks of this rank's row, divided by `divisor`, in `out`: half of an all-reduce.
+    """Reduce-scatter: write the sum of this rank's row over ranks, divided by `divisor`, to `out`.
 
-    The bits are those of :func:`all_reduce_mean`, cut into shards, where sums do not travel back in fewer bits.
+    The same bits as in the shard of :func:`all_reduce_mean`, except if the codec's `narrowing` rounds the sums there.
 
     Args:
-        flat: (W k,) contiguous floats, laid out as `shards` says; not modified.
+        flat: (W k,), contiguous, of a dtype in DTYPES, laid out as `shards` says; not modified. k is `shards.row`.
         shards: the layout.
-        ctx, later: see :func:`all_reduce_mean`.
+        ctx, unchecked: see :func:`all_reduce_mean`.
         divisor: W for the mean, 1 for the sum.
-        out: (k,), of the same type; padding becomes 0.
+        out: (k,), of the same dtype; elements that belong to no parameter become 0.
 
     Raises:
-        ValueError: sizes do not fit.
-        TypeError: not floats of a known type.
-        RanksDiffer: ranks came with different arguments.
+        ValueError: the size of `flat` or `out` does not fit `shards`.
+        TypeError: `flat` has a dtype that is not in DTYPES.
+        RanksDiffer: ranks called with different arguments.
     """
     check_dtype(flat)
     if flat.numel() != ctx.world_size * shards.row or out.numel() != shards.row:
         raise ValueError(
-            f"wanted {ctx.world_size} rows of {shards.row} elements and room for one, "
+            f"wanted a buffer of {ctx.world_size} x {shards.row} elements and an output of {shards.row}, "
             f"got {flat.numel()} and {out.numel()}"
         )
     with ctx.phase("encode", "measure"):
@@ -195,7 +200,7 @@ def reduce_scatter(
     configuration = f"{shards.configuration} {flat.dtype} scatter, over {divisor}"
     header = _header(ctx, flat.numel(), shards.coded_numel, configuration, shards.checksum)
     ways = [group.codec.agree for group in shards.coded]
-    shared = yield from agree(header, local, ways, ctx, flat.device, later=later)
+    shared = yield from agree(header, local, ways, ctx, flat.device, unchecked=unchecked)
     parts: list[Part] = []
     with ctx.phase("encode", "prepare"):
         for group, mine, ours in zip(shards.coded, local, shared, strict=True):
@@ -213,7 +218,7 @@ def reduce_scatter(
                 divisor=divisor,
                 target=Target(out, own, Agreed(ours[..., which.to(flat.device)])),
             )
-            parts.append(codes_of(coding, group.cut.edges, kept=(0, own.numel)))
+            parts.append(codes_of(coding, group.cut.edges, target_range=(0, own.numel)))
         for each in shards.floats:
             target = out, each.own(ctx.rank)
             kind: Any = {"label": each.label, "dtype": each.dtype}
@@ -222,7 +227,7 @@ def reduce_scatter(
 
 
 def _measure_whole(flat: torch.Tensor, group: CodedShards) -> Local:
-    """Statistics of each parameter, in its own order: the same scales, the same bits as unsharded."""
+    """Measure each parameter in its own element order, so that scales have the same bits as without sharding."""
     scaled = group.codec.scaled
     found: list[torch.Tensor] = [group.codec.measure(each, scaled(Segments([len(each)]))) for each in group.whole(flat)]
     return Local(torch.cat(found, dim=-1))
@@ -235,24 +240,27 @@ def all_reduce_mean_between_nodes(
     between: Context,
     *,
     exchange: str = "auto",
-    later: list[Unchecked] | None = None,
+    unchecked: list[Unchecked] | None = None,
 ) -> Path[None]:
-    """As :func:`all_reduce_mean`: floats inside a node, over its fast links, and codes between nodes.
+    """Two-level :func:`all_reduce_mean`: floats inside a node, over its fast links, and codes between nodes.
 
-    Each rank of a node adds up one row of its buffer, averages it with the ranks of its place on the other nodes, and
-    sends it to the node's ranks. A node sends to others what one rank alone would. A layer that lies in several rows
-    has clip limit and scale in each, so a non-finite element makes non-finite what its row holds of the layer.
+    1. Reduce-scatter inside the node: its rank r gets the node's mean of row r.
+    2. Average the row with the ranks at the same place on the other nodes, through the codecs.
+    3. All-gather the rows inside the node.
+
+    A node sends to other nodes as much as a single rank would. A layer in several rows has a clip limit and a scale in
+    each row. So a non-finite element spoils at most the part of the layer that is in its row.
 
     Args:
-        flat, bucket, exchange, later: see there; the bucket's layers are all of `flat`.
-        node: among the ranks of this node, equally many on all nodes.
-        between: among the ranks that have this one's place on every node.
+        flat, bucket, exchange, unchecked: see :func:`all_reduce_mean`; `bucket` must describe all elements of `flat`.
+        node: of the ranks of this node; all nodes must have the same number of ranks.
+        between: of the ranks at the same place on every node, as many as there are nodes.
     """
     check_dtype(flat)
     bucket.check(flat)
     configuration = f"{bucket.configuration} {flat.dtype} {exchange} between {between.world_size}"
     header = _header(node, flat.numel(), bucket.coded_numel, configuration, bucket.checksum)
-    yield from within("node", agree(header, [], [], node, flat.device, later=later))
+    yield from within("node", agree(header, [], [], node, flat.device, unchecked=unchecked))
     edges = row_edges(flat.numel(), node.world_size)
     width = edges[1]
     row, whole = flat.new_zeros(width), Segments([flat.numel()])
@@ -260,7 +268,7 @@ def all_reduce_mean_between_nodes(
     floats = Floats(flat, whole, edges, divisor=node.world_size, label="intra", target=(row, own))
     yield from within("node", exchanges.reduce_scatter([floats], node, flat.device))
     part = bucket.clipped(node.rank * width, (node.rank + 1) * width)
-    yield from within("between", all_reduce_mean(row, part, between, exchange=exchange, later=later))
+    yield from within("between", all_reduce_mean(row, part, between, exchange=exchange, unchecked=unchecked))
     back = Floats(row, Segments([width]), (0, width), divisor=1.0)
     message = row.new_empty(back.back_nbytes, dtype=torch.uint8)
     with node.phase("exchange", "gather inside"):
@@ -272,16 +280,16 @@ def all_reduce_mean_between_nodes(
 
 
 def all_reduce_mean_sparse(
-    gradient: torch.Tensor, ctx: Context, *, later: list[Unchecked] | None = None
+    gradient: torch.Tensor, ctx: Context, *, unchecked: list[Unchecked] | None = None
 ) -> Path[torch.Tensor]:
-    """A sparse gradient -> the exact mean over ranks, the same bits on every rank.
+    """Average a sparse gradient over ranks without a codec; the same bits on every rank.
 
     Args:
-        gradient: sparse_coo of floats, with one or more sparse dimensions; ranks may hold other rows. Not modified.
-        ctx, later: see :func:`all_reduce_mean`.
+        gradient: sparse_coo of floats, with one or more sparse dimensions; not modified. Ranks may hold different rows.
+        ctx, unchecked: see :func:`all_reduce_mean`.
 
     Returns:
-        A coalesced sparse_coo tensor with every row that some rank has. Rows are added in rank order.
+        A coalesced sparse_coo tensor with every row that at least one rank has. Rows are added in rank order.
 
     Raises:
         RanksDiffer: shapes or types differ, or ranks are not in step.
@@ -292,7 +300,7 @@ def all_reduce_mean_sparse(
         count = torch.tensor([indices.shape[1]], dtype=torch.int64, device=gradient.device)
     configuration = f"{gradient.dtype} {tuple(gradient.shape)} {gradient.sparse_dim()}"
     header = _header(ctx, gradient.numel(), 0, configuration, 0)
-    yield from agree(header, [], [], ctx, gradient.device, later=later)
+    yield from agree(header, [], [], ctx, gradient.device, unchecked=unchecked)
     ctx.count("exact", 8)
     counts = (yield Message("all_gather", count.view(torch.uint8))).view(torch.int64).flatten().tolist()
     gather = partial(_gather_padded, length=max(counts), ctx=ctx)
@@ -310,7 +318,7 @@ def all_reduce_mean_sparse(
 
 
 def _gather_padded(rows: torch.Tensor, length: int, ctx: Context, last: bool = False) -> Path[torch.Tensor]:
-    """(k, ...) with k <= length -> (W, length, ...), zeros where a rank has less."""
+    """All-gather rows, (k, ...) with k <= length, padded with zeros: (W, length, ...)."""
     padded = rows.new_zeros(length, *rows.shape[1:])
     padded[: len(rows)] = rows
     message = padded.view(-1).view(torch.uint8)
@@ -319,20 +327,20 @@ def _gather_padded(rows: torch.Tensor, length: int, ctx: Context, last: bool = F
     return received.view(rows.dtype).view(ctx.world_size, *padded.shape)  # type: ignore[no-any-return]
 
 
-def joined(number: int, rank: int, device: torch.device) -> Path[list[int]]:
+def all_gather_number(number: int, rank: int, device: torch.device) -> Path[list[int]]:
     """All-gather one integer in the format of a bucket's header.
 
     A rank that is already reducing sees a foreign header, and both sides raise instead of hanging.
 
     Raises:
-        RanksDiffer: some ranks reduce gradients meanwhile. They raise it too.
+        RanksDiffer: some ranks are already reducing gradients. They raise it too.
     """
-    received = yield Message("all_gather", Header.joining(number).prologue(device), last=True)
-    return numbers_of_joining(received.cpu(), rank)
+    received = yield Message("all_gather", Header.carrying(number).prologue(device), last=True)
+    return carried_numbers(received.cpu(), rank)
 
 
 def check_dtype(flat: torch.Tensor) -> None:
-    """Raise a TypeError unless gradients of this type can be averaged."""
+    """Raise a TypeError unless the dtype of `flat` is in DTYPES."""
     if flat.dtype not in DTYPES:
         raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}, got {flat.dtype}")
 

@@ -1,4 +1,4 @@
-"""How parameters lie in a buffer of W rows of which each rank keeps one, as FSDP has it."""
+"""Layout of parameters in FSDP's buffers: W rows, of which rank r keeps row r."""
 
 import itertools
 import zlib
@@ -12,11 +12,11 @@ from terncomm.codecs.base import Codec, Half, IntegerCodec
 from terncomm.path.bucket import Bucket
 from terncomm.segments import Segments
 
-Slices = list[list[tuple[int, int]]]  # for each row: (place in the row, elements), ascending
+Slices = list[list[tuple[int, int]]]  # for each row: (offset in the row, length) of each slice, ascending
 
 
 class Run(NamedTuple):
-    """A piece of a parameter that lies in one row: elements of it from `begin` on, at `offset` in the buffer."""
+    """`length` elements of a parameter that lie in one row: from its element `begin` on, at `offset` in the buffer."""
 
     begin: int
     offset: int
@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A coded parameter: its elements, its number for the noise, and its pieces in its own order."""
+    """A coded parameter: number of elements, layer number (a key of the noise), and runs in element order."""
 
     size: int
     number: int
@@ -32,11 +32,11 @@ class Parameter(NamedTuple):
 
 
 class CodedShards:
-    """Parameters under one codec, in the order in which each row holds them.
+    """Parameters under one integer codec.
 
     Args:
-        codec: how.
-        parameters: where they lie.
+        codec: the codec.
+        parameters: and their layout, in the order in which each row holds them.
         row: elements of a row.
         world_size: W.
     """
@@ -46,12 +46,12 @@ class CodedShards:
 
     @cached_property
     def layers(self) -> Segments:
-        """The parameters, each whole."""
+        """One segment for each whole parameter, in a buffer that holds only these."""
         numbers = [each.number for each in self._parameters]
         return Segments([each.size for each in self._parameters], layers=numbers)
 
     def whole(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters out of the buffer, each (size,) in its own order."""
+        """Each parameter from the buffer `flat`, (size,) in element order: a view if contiguous, else a copy."""
         found = []
         for size, _, runs in self._parameters:
             first, last = runs[0], runs[-1]
@@ -62,7 +62,7 @@ class CodedShards:
         return found
 
     def own(self, rank: int) -> Segments:
-        """What one row holds of them, as a buffer of its own."""
+        """The segments of row `rank`; offsets count from the beginning of the row."""
         first = rank * self._row
         held = [
             (run.length, run.offset - first, number, run.begin)
@@ -74,13 +74,13 @@ class CodedShards:
         return Segments(sizes, offsets=offsets, layers=numbers, bases=bases)
 
     @cached_property
-    def cut(self) -> "Cut":
-        """The pieces of all rows, cut where the codec's scales end."""
-        return Cut(self._parameters, self.codec, self._row, self._world_size)
+    def cut(self) -> "ShardSegments":
+        """The parameters in all rows, cut where a row or a scale of the codec ends."""
+        return ShardSegments(self._parameters, self.codec, self._row, self._world_size)
 
 
 class FloatShards:
-    """What each row holds of layers that are averaged as floats, on the wire of a type, or of the buffer's if None."""
+    """Layers that are averaged as floats, and their slices in each row. dtype: on the wire; None: the buffer's."""
 
     def __init__(self, dtype: torch.dtype | None, label: str, slices: Slices, row: int) -> None:
         self.dtype, self.label, self._slices = dtype, label, slices
@@ -91,17 +91,17 @@ class FloatShards:
         self.edges = tuple(itertools.accumulate(held, initial=0))
 
     def own(self, rank: int) -> Segments:
-        """What one row holds of them, as a buffer of its own."""
+        """The segments of row `rank`; offsets count from the beginning of the row."""
         held = self._slices[rank]
         return Segments([length for _, length in held], offsets=[place for place, _ in held])
 
 
 class Shards:
-    """How parameters lie in a buffer of W rows, one for each rank. What no group holds becomes 0.
+    """Layout of parameters in a buffer of W rows, one for each rank. Elements in no group become 0.
 
     Args:
-        coded: the parameters under each codec of integers.
-        floats: what travels as floats, under :class:`Half` or, for None, exactly.
+        coded: (codec, parameters) for each integer codec.
+        floats: (codec, slices) of layers that are averaged as floats; codec None: without a codec.
         row: elements of a row.
         world_size: W.
     """
@@ -129,7 +129,7 @@ class Shards:
         self._buckets: dict[int, Bucket] = {}
 
     def bucket(self, rank: int) -> Bucket:
-        """What one row holds, as a buffer of its own."""
+        """The bucket of row `rank`; offsets count from the beginning of the row."""
         if rank not in self._buckets:
             coded = [(group.own(rank), group.codec) for group in self.coded]
             floats = [(group.own(rank), codec) for group, codec in zip(self.floats, self._codecs, strict=True)]
@@ -145,13 +145,13 @@ class Shards:
         codecs: Sequence[Codec | None],
         world_size: int,
     ) -> "Shards":
-        """Row r holds chunk r of each parameter, one after another, padded (`fully_shard`).
+        """The layout of `fully_shard`: row r holds chunk r of each parameter, one after another, padded.
 
         Args:
             sizes: elements of each parameter.
-            chunks: elements of a parameter's chunk in each row, so that W chunks hold it; what is over is padding.
-            numbers: of the parameters, for the noise.
-            codecs: of the parameters; None: added exactly.
+            chunks: for each parameter, elements of its chunk in a row. W chunks must hold it; the rest is padding.
+            numbers: layer numbers of the parameters (keys of the noise).
+            codecs: of the parameters; None: averaged without a codec.
             world_size: W.
 
         Raises:
@@ -182,10 +182,10 @@ class Shards:
         row: int,
         world_size: int,
     ) -> "Shards":
-        """Parameters follow one another in the buffer, and rows are cut where they may (a flat parameter).
+        """The layout of FSDP1's flat parameter: parameters follow one another, and a row may end inside one.
 
         Args:
-            sizes, offsets: elements of each parameter, and where it begins; ascending.
+            sizes, offsets: elements of each parameter, and where it begins in the buffer; ascending.
             numbers, codecs: see :meth:`by_chunks`.
             row: elements of a row.
             world_size: W.
@@ -210,7 +210,7 @@ class Shards:
 
 
 class _Groups:
-    """Parameters and slices, by codec."""
+    """Collects parameters and slices by codec, to build :class:`Shards`."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -229,11 +229,11 @@ class _Groups:
         return Shards(list(self._coded.items()), floats, row, self._world_size)
 
 
-class Cut:
-    """Coded parameters, cut where a scale or a row ends.
+class ShardSegments:
+    """Coded parameters as segments, cut where a scale or a row ends.
 
-    pieces: in the order of the buffer. scale: (pieces,) which of the codec's scales is theirs. edges: (W + 1,) dense
-    elements where rows begin.
+    pieces: the segments, in the order of the buffer. scale: (pieces,) int64, the index of the scale of each. edges:
+    (W + 1,) dense indices where rows begin, and where the last one ends.
     """
 
     def __init__(self, parameters: Sequence[Parameter], codec: IntegerCodec, row: int, world_size: int) -> None:
@@ -258,7 +258,7 @@ class Cut:
         self._row = row
 
     def own(self, rank: int) -> tuple[Segments, torch.Tensor]:
-        """The pieces of one row, as a buffer of its own, and which scale is theirs."""
+        """The segments of row `rank`, with offsets from the beginning of the row, and the index of each one's scale."""
         mine = slice(self._of_row[rank], self._of_row[rank + 1])
         table = self.pieces.table[:, mine].clone()
         table[0] -= rank * self._row

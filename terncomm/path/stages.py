@@ -1,8 +1,8 @@
-"""Stages: what is done to gradients before they are coded and to their means afterwards, with state by parameter.
+"""Stages change gradients before they are coded, and their means afterwards. They may have state per parameter.
 
-A stage is as pure as a codec. Its state lies in :class:`Staging`, which takes a step's new states over only when all
-of the step's buckets have ended with finite means: a step that fails, is broken off or is not finite leaves them as
-they were.
+A stage is a pure function, like a codec; :class:`Staging` keeps its state. The new states of a step are adopted only if
+all buckets of the step have completed with finite means. If a step fails, is aborted or has a non-finite mean, the
+states do not change.
 """
 
 from abc import ABC, abstractmethod
@@ -19,14 +19,14 @@ _Place = tuple[int, int]  # stage, parameter
 
 
 class Stage(ABC):
-    """Gradient -> gradient, for each coded layer by itself; a frozen dataclass whose fields are its configuration.
+    """Base class of stages: changes the gradient of one layer at a time. A subclass must be a frozen dataclass.
 
-    Layers that travel exactly, and steps in which nothing is coded, pass by the stages. Of several stages `before` is
-    called in their order, and `after` in the reverse of it.
+    Stages are called only for layers under an integer codec, and not in steps in which nothing is coded (warm-up).
+    With several stages, `before` is called in their order and `after` in reverse order.
     """
 
     keeps_state = False
-    """Whether :meth:`next_state` is called; that costs a copy of the gradients and one more encoding of them."""
+    """Whether :meth:`next_state` is called. It costs a copy of the gradients, and encoding them once more."""
 
     @abstractmethod
     def before(self, gradient: torch.Tensor, layer: int, ctx: Context, state: torch.Tensor | None) -> None:
@@ -36,52 +36,58 @@ class Stage(ABC):
             gradient: (n,) floats, of any type.
             layer: the number of the parameter.
             ctx: key of the noise, rank and world size.
-            state: what :meth:`next_state` returned last, if it did.
+            state: the adopted result of :meth:`next_state` for this layer; None: there is none.
         """
 
     @abstractmethod
     def after(self, mean: torch.Tensor, layer: int, ctx: Context) -> None:
-        """Change a mean in place, (n,) floats: the same computation on all ranks.
+        """Change the mean of a layer, (n,) floats, in place. Must compute the same on all ranks.
 
-        It is called with the values of this rank's own codes, too, for :meth:`next_state` of the stages before this.
+        If a stage keeps state, this is also called with what only this rank's codes decode to. That gives `sent` for
+        :meth:`next_state` of the earlier stages.
         """
 
     def next_state(
         self, given: torch.Tensor, sent: torch.Tensor, layer: int, ctx: Context, state: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The state of the next step; None: there is none.
+        """The state for the next step; None: no state.
 
         Args:
-            given: (n,) floats, what :meth:`before` has left. Not needed afterwards.
-            sent: (n,) float32, what this rank's codes alone decode to. Not needed afterwards.
-            layer, ctx, state: as there; `state` is not to be modified.
+            given: (n,) floats, the gradient after :meth:`before` of this stage. May be modified.
+            sent: (n,) float32, what only this rank's codes decode to, after :meth:`after` of the later stages. May be
+                modified.
+            layer, ctx, state: see :meth:`before`; `state` must not be modified.
         """
         return None
 
 
 class _Step:
-    """What the buckets of a step have left so far."""
+    """The results of the buckets of one step so far."""
 
     def __init__(self) -> None:
         self.states: dict[_Place, torch.Tensor | None] = {}
-        self.finite: list[torch.Tensor] = []  # of each bucket that has ended
-        self.complete = False  # whether the last bucket has ended
+        self.finite: list[torch.Tensor] = []  # for each completed bucket, a bool scalar
+        self.complete = False  # whether the last bucket has completed
 
 
 class Staging:
-    """Stages, and their state by parameter, which belongs to this rank."""
+    """The stages, and this rank's state of each stage and parameter."""
 
     def __init__(self, stages: Sequence[Stage] = ()) -> None:
         self.stages = tuple(stages)
         for each in self.stages:
             _check(each)
         self._state: dict[_Place, torch.Tensor] = {}
-        self._steps: dict[int, _Step] = {}  # paths of a step that was broken off may still run beside the next one's
+        self._steps: dict[int, _Step] = {}  # paths of an aborted step may still run while the next step's run
 
     # ---- on the path of a bucket --------------------------------------------------------------------------------
 
     def before(self, flat: torch.Tensor, layers: Segments, ctx: Context) -> dict[_Place, torch.Tensor]:
-        """All stages, before the layers of a bucket are measured; returns what :meth:`sent` needs."""
+        """Apply `before` of all stages to the layers of a bucket in place.
+
+        Returns:
+            Copies for :meth:`compute_next_states`.
+        """
         given = {}
         for layer, gradient in _pieces(flat, layers):
             for number, stage in enumerate(self.stages):
@@ -92,11 +98,20 @@ class Staging:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a stage wants to know what was sent."""
+        """Whether any stage keeps state."""
         return any(stage.keeps_state for stage in self.stages)
 
-    def sent(self, flat: torch.Tensor, layers: Segments, ctx: Context, given: dict[_Place, torch.Tensor]) -> None:
-        """What this rank's codes decode to, `flat` (n,) float32, which is used up."""
+    def compute_next_states(
+        self, flat: torch.Tensor, layers: Segments, ctx: Context, given: dict[_Place, torch.Tensor]
+    ) -> None:
+        """Compute the next states of a bucket's layers.
+
+        Args:
+            flat: (n,) float32, what only this rank's codes decode to; overwritten.
+            layers: of the bucket.
+            ctx: of the reduction.
+            given: what :meth:`before` returned.
+        """
         states = self._step(ctx.key.step).states
         for layer, values in _pieces(flat, layers):
             for number, stage in reversed(list(enumerate(self.stages))):
@@ -107,7 +122,7 @@ class Staging:
                 stage.after(values, layer, ctx)
 
     def after(self, flat: torch.Tensor, layers: Segments, ctx: Context) -> None:
-        """All stages, once the means of a bucket's layers are there."""
+        """Apply `after` of all stages, in reverse order, to the means of a bucket's layers in place."""
         for layer, mean in _pieces(flat, layers):
             for stage in reversed(self.stages):
                 stage.after(mean, layer, ctx)
@@ -115,10 +130,10 @@ class Staging:
     def _step(self, step: int) -> _Step:
         return self._steps.setdefault(step, _Step())
 
-    # ---- in a run -----------------------------------------------------------------------------------------------
+    # ---- during training ----------------------------------------------------------------------------------------
 
-    def watched(self, path: Path[torch.Tensor], step: int, final: bool) -> Path[torch.Tensor]:
-        """The path of a bucket, and whether its mean is finite. final: no bucket of the step follows."""
+    def recording_finite(self, path: Path[torch.Tensor], step: int, final: bool) -> Path[torch.Tensor]:
+        """Run the path of a bucket, and record whether its mean is finite. final: it is the step's last bucket."""
         mean = yield from path
         values = mean.values() if mean.layout == torch.sparse_coo else mean
         record = self._step(step)
@@ -126,8 +141,8 @@ class Staging:
         record.complete |= final
         return mean
 
-    def settle(self) -> None:
-        """Between two steps: take over the states of the step before, if all of it ended and was finite."""
+    def adopt_states(self) -> None:
+        """Adopt the new states of steps whose buckets all completed with finite means. Called between steps."""
         steps, self._steps = self._steps, {}
         for step in steps.values():
             if step.complete and all(bool(each) for each in step.finite):
@@ -137,8 +152,8 @@ class Staging:
                         self._state[place] = state
 
     def state_dict(self, rank: int, world_size: int, name: Callable[[int], str]) -> dict[str, Any]:
-        """For a checkpoint of this rank. name: of a parameter, by its number."""
-        self.settle()
+        """This rank's state for a checkpoint. name: layer number -> parameter name."""
+        self.adopt_states()
         states: list[dict[str, torch.Tensor]] = [{} for _ in self.stages]
         for (stage, layer), state in self._state.items():
             states[stage][name(layer)] = state
@@ -147,22 +162,22 @@ class Staging:
     def load_state_dict(
         self, saved: Mapping[str, Any], rank: int, world_size: int, number: Callable[[str], int]
     ) -> None:
-        """`state_dict` undone. number: of a parameter, by its name.
+        """Restore what :meth:`state_dict` returned. number: parameter name -> layer number.
 
         Raises:
-            ValueError: the state is of other stages, or of another rank or world size.
+            ValueError: `saved` has different stages, or state of another rank or world size.
         """
         mine = list(map(repr, self.stages))
         if saved["stages"] != mine:
-            raise ValueError(f"the checkpoint has stages {saved['stages']}, this state {mine}; give the same")
+            raise ValueError(f"the checkpoint has stages {saved['stages']}, this state has {mine}; use the same stages")
         whose, ours = (saved["rank"], saved["world_size"]), (rank, world_size)
         if any(saved["states"]) and whose != ours:
             raise ValueError(
                 f"the checkpoint has the stages' state of rank {whose[0]} of {whose[1]}, and this is rank {ours[0]} of "
-                f"{ours[1]}. Such state, as a residual, belongs to a rank: give each rank what it has saved itself, at "
-                'the same world size; or begin without, and leave "stages" out of what is loaded'
+                f"{ours[1]}. This state (for example a residual) belongs to a rank: load on each rank what it saved "
+                'itself, at the same world size. Or start without this state: remove "stages" from what you load'
             )
-        self.settle()
+        self.adopt_states()
         self._state = {
             (stage, number(name)): state
             for stage, states in enumerate(saved["states"])

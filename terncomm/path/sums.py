@@ -1,9 +1,10 @@
-"""Sums on their way back in fewer bits than they have: rounded once more, by a divisor for each block.
+"""Narrow sums: sums are rounded to fewer bits before they are sent back, with one divisor per block.
 
-The exact sum of W codes needs more bits than a code. Where a codec says so (:class:`Narrow`), the rank that has added a
-row rounds it to b bits again, without bias: code = floor(sum / divisor + u), divisor = ceil(max |sum| / top) for every
-`block` elements, top = 2^(b - 1) - 1. The noise u is keyed by the place in the layer and by no rank, so every rank that
-narrows the same sums gets the same bits, whatever the rows are. Rows begin at blocks.
+The exact sum of W codes needs more bits than a code. If the codec asks for it (:class:`Narrow`), the rank that added up
+a row rounds the sums to b bits, without bias: code = floor(sum / divisor + u), u uniform in [0, 1), with one
+divisor = ceil(max |sum| / top) for every `block` elements, top = 2^(b - 1) - 1. The key of the noise u contains the
+index in the layer but no rank. So every rank that rounds the same sums gets the same bits, however rows are cut. Rows
+begin where a block begins.
 """
 
 from collections.abc import Sequence
@@ -18,21 +19,20 @@ from terncomm.wire import Narrow, packing_for
 
 
 class NarrowRows:
-    """Rows of totals <-> codes in b bits, then the divisors of the row's blocks.
+    """Packs rows of totals: codes of b bits, followed by the divisors of the row's blocks.
 
-    A divisor is at most W times the ratio of the alphabets; it takes one byte where that is below 256, else two,
-    little-endian.
+    No divisor is above ceil(largest / top). Divisors take one byte each if that is below 256, else two, little-endian.
 
     Args:
         how: bits and block.
-        segments: of the codes, dense.
-        key: of the step.
+        segments: of the codes.
+        key: of the rounding noise.
         world_size: W.
-        largest: the largest magnitude of a sum.
-        edges: (rows + 1,) dense elements, at blocks.
+        largest: the largest possible magnitude of a sum.
+        edges: (rows + 1,) dense indices where rows begin, and where the last one ends; each must be a block border.
 
     Raises:
-        ValueError: a divisor does not fit 16 bits.
+        ValueError: a divisor might not fit in 16 bits.
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class NarrowRows:
         self._is_bytes = self._packing.digits == 1 and self._packing.word_bytes == 1
         most = -(-largest // how.top)
         if most >= 2**16:
-            raise ValueError(f"narrow sums carry 16-bit divisors: fewer ranks than {world_size} are wanted")
+            raise ValueError(
+                f"sums over {world_size} ranks in {how.bits} bits need divisors above 16 bits: use fewer ranks, or a "
+                "codec that returns exact sums"
+            )
         self._width = 1 if most < 256 else 2
         blocks = segments.blocks(how.block)
         self._blocks, self._edges = blocks, edges
@@ -57,7 +60,7 @@ class NarrowRows:
         return self._blocks.window(self._edges[row], self._edges[row + 1])
 
     def pack(self, row: int, totals: torch.Tensor, out: torch.Tensor) -> None:
-        """(m,) int32 totals of a row -> out (nbytes,) uint8."""
+        """Round and pack the totals of a row, (m,) int32, into out, (nbytes,) uint8."""
         window = self._window(row)
         keys = self._key.streams(window.layers, rank=NO_RANK, world_size=self._world_size)
         codes, divisors = ops.narrow(totals, window, keys.to(totals.device), self._top)
@@ -73,7 +76,7 @@ class NarrowRows:
         out[at:] = 0
 
     def unpack(self, row: int, packed: torch.Tensor) -> torch.Tensor:
-        """`pack` undone, up to its rounding: (nbytes,) uint8 -> (m,) int32."""
+        """Inverse of `pack`, up to rounding: (nbytes,) uint8 -> totals (m,) int32."""
         window = self._window(row)
         octets = packed[self._codes_nbytes :][: self._width * len(window)].view(-1, self._width).to(torch.int32)
         divisors = octets[:, 0] if self._width == 1 else octets[:, 0] | octets[:, 1] << 8
@@ -85,14 +88,18 @@ class NarrowRows:
         return ops.widen(codes, window, divisors.contiguous(), self._top)
 
     def rounded(self, row: int, totals: torch.Tensor) -> torch.Tensor:
-        """What the other ranks would get back of a row's totals, (m,) int32."""
+        """The totals of a row, (m,) int32, after `pack` and `unpack`: what other ranks would receive."""
         out = torch.empty(self.nbytes, dtype=torch.uint8, device=totals.device)
         self.pack(row, totals, out)
         return self.unpack(row, out)
 
 
 def row_edges(numel: int, rows: int, blocks: Segments | None = None) -> tuple[int, ...]:
-    """(rows + 1,) dense elements that cut `numel` evenly; at the blocks nearest to that, where blocks are given."""
+    """Cut `numel` dense elements into equal rows, with `blocks` at the nearest block borders.
+
+    Returns:
+        (rows + 1,) dense indices where rows begin, and where the last one ends.
+    """
     if blocks is None:
         length = -(-numel // rows)
         return tuple(min(row * length, numel) for row in range(rows + 1))

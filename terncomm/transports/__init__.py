@@ -1,4 +1,4 @@
-"""Transports: what moves bytes between ranks."""
+"""Transports: objects that move bytes between ranks."""
 
 from terncomm.transports.base import Overlapping, RankFailed, Transport, overlaps
 from terncomm.transports.horovod import HorovodTransport

@@ -1,8 +1,8 @@
-"""A transport moves bytes between ranks and knows nothing of what they mean.
+"""The interface of a transport. It moves bytes between ranks and does not interpret them.
 
-Conformance (`tests/test_transports.py` runs over every transport): both collectives return rows in rank order, for any
-size including zero; calls of all ranks pair up in the order in which they are made; a rank that fails makes the call
-of every other raise, within the transport's timeout.
+Every transport must do the following. Both collectives return rows in rank order, for any size including zero. The
+n-th call of one rank pairs with the n-th call of every other rank. If a rank fails, the calls of all other ranks raise
+within the transport's timeout. Checks are in `tests/laws.py`.
 """
 
 from collections import deque
@@ -16,11 +16,14 @@ Wait = Callable[[], None]
 
 
 class RankFailed(RuntimeError):
-    """Another rank has failed, ended or gone silent, so this exchange cannot be completed."""
+    """Another rank has failed, exited or stopped answering, so this exchange cannot complete."""
 
 
 class Transport(Protocol):
-    """W ranks that exchange rows of bytes. Calls block; a rank's calls come from one thread at a time."""
+    """One rank's connection to W ranks that exchange rows of bytes.
+
+    Calls block. Only one thread of a rank may call at a time.
+    """
 
     @property
     def rank(self) -> int:
@@ -38,19 +41,19 @@ class Transport(Protocol):
 
 
 class Overlapping(Transport, Protocol):
-    """A transport that can have several messages under way at once.
+    """A transport that can have several messages in flight at once.
 
-    One thread begins the messages and waits for their transfers. Every rank begins the same messages and advances
-    their iterators in the same order; waits are called in the order in which the transfers were started. No two ranks
-    can then wait for each other.
+    A message is one collective. It consists of one or more transfers. One thread begins the messages and waits for
+    their transfers. Every rank must begin the same messages, and advance their iterators, in the same order. The waits
+    must be called in the order in which the transfers were started. This excludes deadlock.
     """
 
     @property
     def in_flight(self) -> int:
-        """Number of transfers to keep outstanding: enough to fill the link. More are not allowed."""
+        """Largest number of transfers in flight: as many as fill the link. The caller must not start more."""
 
     def begin(self, kind: Kind, payload: torch.Tensor) -> tuple[torch.Tensor, Iterator[Wait]]:
-        """Begin a message: what arrives, and the transfers that bring it.
+        """Begin a message; returns the buffer for the received rows, and an iterator over the transfers.
 
         Nothing is sent before the iterator is advanced. Advancing it starts the next transfer and returns a function
         that waits for this transfer; both raise `RankFailed`.
@@ -61,18 +64,18 @@ class Overlapping(Transport, Protocol):
                 returned.
 
         Returns:
-            (W, k) uint8, complete when all waits have returned and not to be read before; and the iterator, which is
-            empty if W = 1 or k = 0.
+            (W, k) uint8, which must not be read before all waits have returned; and the iterator, which is empty if
+            W = 1 or k = 0.
         """
 
 
 def overlaps(transport: Transport) -> TypeGuard[Overlapping]:
-    """Whether messages can be begun on a transport before earlier ones have ended."""
+    """Whether a transport has `begin`, so that a message can begin before earlier ones have completed."""
     return bool(getattr(transport, "overlaps", hasattr(transport, "begin")))
 
 
-def perform(transport: Overlapping, kind: Kind, payload: torch.Tensor) -> torch.Tensor:
-    """Perform one message from beginning to end: the blocking call of a transport that has `begin`."""
+def begin_and_wait(transport: Overlapping, kind: Kind, payload: torch.Tensor) -> torch.Tensor:
+    """Begin one message and wait for it; returns (W, k) uint8. The blocking call of a transport that has `begin`."""
     received, transfers = transport.begin(kind, payload)
     waits: deque[Wait] = deque()
     for wait in transfers:
@@ -84,26 +87,29 @@ def perform(transport: Overlapping, kind: Kind, payload: torch.Tensor) -> torch.
     return received
 
 
-def alone(kind: Kind, payload: torch.Tensor, world_size: int) -> tuple[torch.Tensor, Iterator[Wait]]:
-    """The message of a single rank, or of no bytes: nothing is sent."""
+def nothing_to_send(kind: Kind, payload: torch.Tensor, world_size: int) -> tuple[torch.Tensor, Iterator[Wait]]:
+    """What `begin` returns if there is nothing to send: W = 1 or k = 0."""
     received = payload.expand(world_size, -1) if kind == "all_gather" else payload
     return received.clone(), iter(())
 
 
-def delivered(
+def copied_to(
     received: torch.Tensor, transfers: Iterator[Wait], device: torch.device
 ) -> tuple[torch.Tensor, Iterator[Wait]]:
-    """What `begin` returns for a payload on `device`, if `transfers` bring it to `received`, perhaps elsewhere."""
+    """What `begin` returns for a payload on `device`, if the transfers write to `received`, maybe on another device.
+
+    Then one more wait, the last, copies `received` to `device`.
+    """
     if received.device == device:
         return received, transfers
     there = torch.empty_like(received, device=device)
 
     def then_copied() -> Iterator[Wait]:
         yield from transfers
-        yield lambda: void(there.copy_(received))  # waited for last: all has come by then
+        yield lambda: void(there.copy_(received))  # the last wait: `received` is complete by then
 
     return there, then_copied()
 
 
 def void(_: object) -> None:
-    """Nothing, whatever an expression returned."""
+    """Discard a value, so that a lambda returns None."""

@@ -1,4 +1,4 @@
-"""Horovod as a transport. horovod is imported when a transport is made, not before."""
+"""A transport over Horovod. It imports horovod when a transport is made, not before."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from terncomm.transports.base import Kind, Wait, alone, perform
+from terncomm.transports.base import Kind, Wait, begin_and_wait, nothing_to_send
 from terncomm.transports.calls import Calls, poll
-from terncomm.transports.launched import check_not_alone
+from terncomm.transports.launched import check_sees_all_processes
 
 _POLL_S = 5e-5  # Horovod's own wait sleeps for 1 ms at a time
-_numbers: "dict[tuple[int, ...], itertools.count[int]]" = {}  # of the transports over these ranks, alike on all of them
+_numbers: "dict[tuple[int, ...], itertools.count[int]]" = {}  # by ranks: counts transports over them, alike on all
 
-RECIPE = "bash launch/build_horovod.sh in terncomm's repository builds it for the torch that is installed"
+RECIPE = "to build it for the installed torch, run `bash launch/build_horovod.sh` in terncomm's repository"
 
 
 def horovod_torch() -> Any:
@@ -31,10 +31,10 @@ def horovod_torch() -> Any:
 
 
 class HorovodTransport:
-    """Bytes over Horovod's `allgather` and `alltoall`, for jobs that horovodrun or mpirun started.
+    """Moves bytes with Horovod's `allgather` and `alltoall`, for jobs that horovodrun or mpirun started.
 
-    Calls go by a name in Horovod's queue, so the program's own reductions may run at the same time. A message is one
-    operation there, and several may be under way.
+    Horovod matches operations by name, so the program's own reductions may run at the same time. A message is one
+    operation of Horovod. Several may be in flight.
 
     Args:
         process_set: the ranks that take part; by default all. Made with `hvd.add_process_set` or given to `hvd.init`.
@@ -43,17 +43,16 @@ class HorovodTransport:
     Raises:
         ModuleNotFoundError: Horovod is not installed.
         ValueError: `hvd.init()` has not been called, this rank is not in the process set, the timeout is not positive,
-            or a launcher has started several processes of which Horovod knows nothing.
-        RankFailed: in every call, when other ranks have not come within `timeout_s`.
-        horovod.common.exceptions.HorovodInternalError: in every call, when Horovod says that a rank is lost, or that
-            sizes differ.
+            or a launcher has started several processes but Horovod sees only one.
+        RankFailed: by a call, if the other ranks do not arrive within `timeout_s`, or an earlier call failed.
+        horovod.common.exceptions.HorovodInternalError: by a call, if Horovod reports a lost rank or different sizes.
 
     References:
         A. Sergeev and M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018,
         arXiv:1802.05799.
     """
 
-    in_flight = 4  # and as many names, in turn: Horovod knows again what it has negotiated under a name
+    in_flight = 4  # operations reuse as many names in turn: Horovod remembers what it negotiated under a name
 
     def __init__(self, process_set: Any = None, *, timeout_s: float = 600.0) -> None:
         if not timeout_s > 0:
@@ -61,7 +60,9 @@ class HorovodTransport:
         self._hvd = hvd = horovod_torch()
         if not hvd.is_initialized():
             raise ValueError("Horovod is not initialized: call hvd.init() first")
-        check_not_alone(hvd.size(), "Horovod", "start them with horovodrun, or the mpirun of the MPI it was built with")
+        check_sees_all_processes(
+            hvd.size(), "Horovod", "start them with horovodrun, or the mpirun of the MPI it was built with"
+        )
         self._process_set = hvd.global_process_set if process_set is None else process_set
         if not self._process_set.included():
             raise ValueError(f"rank {hvd.rank()} is not in {self._process_set}")
@@ -75,24 +76,24 @@ class HorovodTransport:
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
-        return perform(self, "all_gather", payload)
+        return begin_and_wait(self, "all_gather", payload)
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
-        return perform(self, "all_to_all", rows)
+        return begin_and_wait(self, "all_to_all", rows)
 
     def begin(self, kind: Kind, payload: torch.Tensor) -> tuple[torch.Tensor, Iterator[Wait]]:
         """See :class:`terncomm.transports.base.Overlapping`."""
         if self.world_size == 1 or payload.numel() == 0:
-            return alone(kind, payload, self.world_size)
+            return nothing_to_send(kind, payload, self.world_size)
         received = payload.new_empty(self.world_size, payload.shape[-1])
         return received, self._operation(kind, payload.contiguous(), received)
 
     def _operation(self, kind: Kind, mine: torch.Tensor, received: torch.Tensor) -> Iterator[Wait]:
         with self._calls.guarded():
             number = self._calls.hold(mine)
-            # The n-th operations of all ranks have one name. Horovod then tells ranks that are out of step that sizes
-            # differ. It puts the kind before the name, so ranks whose kinds differ wait until the timeout.
+            # The n-th operation has the same name on all ranks. If ranks are out of step, Horovod then reports
+            # different sizes. It adds the kind to the name, so ranks that call different kinds wait until the timeout.
             name = f"{self._name}.{number % self.in_flight}"
             if kind == "all_gather":
                 handle = self._hvd.allgather_async(mine.unsqueeze(0), name=name, process_set=self._process_set)
@@ -109,5 +110,5 @@ class HorovodTransport:
                 pause_s=_POLL_S,
             )
             out = self._hvd.synchronize(handle)
-            received.copy_(out[0] if isinstance(out, tuple) else out)  # an all-to-all returns its splits too
+            received.copy_(out[0] if isinstance(out, tuple) else out)  # alltoall returns (output, splits)
             self._calls.release(number)

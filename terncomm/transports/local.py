@@ -1,8 +1,7 @@
-"""W ranks as threads of one process: for tests, for simulation, and for trying things out."""
+"""A transport between threads of one process, one thread per rank: for tests, simulations and experiments."""
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -13,16 +12,17 @@ T = TypeVar("T")
 
 
 class _World:
-    def __init__(self, world_size: int, timeout_s: float | None, in_turn: bool) -> None:
+    def __init__(self, world_size: int, timeout_s: float | None) -> None:
         self.barrier = threading.Barrier(world_size)
         self.slots: list[torch.Tensor | None] = [None] * world_size
         self.timeout_s = timeout_s
-        self.turn: threading.Lock | nullcontext[None] = threading.Lock() if in_turn else nullcontext()
         self.error: BaseException | None = None
 
 
 class LocalTransport:
-    """One rank of a world of threads. Make them with :meth:`world`, or run a function on each with :meth:`run`.
+    """One rank of W ranks that are threads of one process.
+
+    :meth:`world` makes the transports of all ranks. :meth:`run` also runs a function on each.
 
     >>> import torch
     >>> LocalTransport.run(3, lambda t: t.all_gather(torch.tensor([t.rank], dtype=torch.uint8)).flatten().tolist())
@@ -35,15 +35,16 @@ class LocalTransport:
         self.world_size = len(world.slots)
 
     @classmethod
-    def world(cls, world_size: int, *, timeout_s: float | None = 60.0, in_turn: bool = False) -> list["LocalTransport"]:
-        """W connected transports. A call that waits longer than `timeout_s` for the others raises on every rank.
+    def world(cls, world_size: int, *, timeout_s: float | None = 60.0) -> list["LocalTransport"]:
+        """W connected transports, in rank order.
 
-        in_turn: threads hold `transport.turn` while they work, so that one works at a time. Many threads that fight for
-        Python's lock take several times as long.
+        Args:
+            world_size: W.
+            timeout_s: how long a call waits for the other ranks; then it raises on every rank. None: no limit.
         """
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
-        shared = _World(world_size, timeout_s, in_turn)
+        shared = _World(world_size, timeout_s)
         return [cls(shared, rank) for rank in range(world_size)]
 
     @classmethod
@@ -53,20 +54,17 @@ class LocalTransport:
         work: Callable[["LocalTransport"], T],
         *,
         timeout_s: float | None = 60.0,
-        in_turn: bool = False,
     ) -> list[T]:
         """Call work(transport) once per rank, each in a thread; return the results in rank order.
 
-        A rank that raises ends the world: its error is raised here, the other ranks get `RankFailed`. With `in_turn`
-        one rank works at a time, as befits many.
+        If a rank raises, the calls of all other ranks raise `RankFailed`, and the first error is raised here.
         """
-        ranks = cls.world(world_size, timeout_s=timeout_s, in_turn=in_turn)
+        ranks = cls.world(world_size, timeout_s=timeout_s)
         results: list[T | None] = [None] * world_size
 
         def body(transport: LocalTransport) -> None:
             try:
-                with transport._world.turn:
-                    results[transport.rank] = work(transport)
+                results[transport.rank] = work(transport)
             except BaseException as error:
                 transport.fail(error)
 
@@ -81,14 +79,12 @@ class LocalTransport:
         return results  # type: ignore[return-value]
 
     def fail(self, error: BaseException) -> None:
-        """Say that this rank has failed: pending and later calls of every rank raise."""
+        """Report that this rank has failed: pending and later calls of every rank raise."""
         if self._world.error is None:
             self._world.error = error
         self._world.barrier.abort()
 
     def _meet(self) -> None:
-        turn = self._world.turn
-        turn.__exit__(None, None, None)  # while it waits another may work
         try:
             self._world.barrier.wait(self._world.timeout_s)
         except threading.BrokenBarrierError:
@@ -96,8 +92,6 @@ class LocalTransport:
             if cause is None:
                 raise TimeoutError(f"rank {self.rank} waited {self._world.timeout_s} s for the other ranks") from None
             raise RankFailed(f"rank {self.rank}: another rank failed: {cause!r}") from cause
-        finally:
-            turn.__enter__()
 
     def _exchange(self, payload: torch.Tensor) -> list[torch.Tensor]:
         self._world.slots[self.rank] = payload

@@ -1,4 +1,4 @@
-"""Counts what a transport sends."""
+"""A transport that counts the bytes that another transport sends."""
 
 from collections.abc import Iterator
 
@@ -8,9 +8,9 @@ from terncomm.transports.base import Kind, Transport, Wait, overlaps
 
 
 class Metered:
-    """A transport that counts, in `sent_bytes`, the payload bytes this rank sends to others.
+    """Wraps a transport and counts, in `sent_bytes`, the payload bytes that this rank sends to other ranks.
 
-    `begin` and `in_flight` are those of the inner transport; `overlaps` says whether it has them.
+    `calls` counts the messages. `overlaps` says whether the inner transport has `begin`.
     """
 
     def __init__(self, inner: Transport) -> None:
@@ -23,7 +23,7 @@ class Metered:
 
     @property
     def chunk(self) -> int | None:
-        """Bytes that fill the inner transport's link for a moment; None if it has not measured the link."""
+        """Bytes of one transfer of the inner transport, if that is a `ProcessGroupTransport`; else None."""
         return getattr(self.inner, "chunk", None)
 
     def _count(self, nbytes: int) -> None:
@@ -39,10 +39,10 @@ class Metered:
         """See :class:`terncomm.transports.base.Overlapping`. The message is counted here, before it is sent.
 
         Raises:
-            TypeError: the inner transport has blocking calls alone.
+            TypeError: the inner transport has only blocking calls.
         """
         if not overlaps(self.inner):
-            raise TypeError(f"{type(self.inner).__name__} has blocking calls alone, and no begin()")
+            raise TypeError(f"{type(self.inner).__name__} has only blocking calls, no begin()")
         begun = self.inner.begin(kind, payload)
         self._count(payload.shape[-1])
         return begun

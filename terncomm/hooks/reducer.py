@@ -1,4 +1,4 @@
-"""What averages a model's gradients bucket by bucket, whatever calls it."""
+"""The base class of all states that average gradients: of DDP, of FSDP and of training loops."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ import torch.distributed as dist
 from terncomm import ops
 from terncomm.codecs import Codec, Rules
 from terncomm.hooks.connection import Connection
-from terncomm.hooks.nodes import Levels
+from terncomm.hooks.nodes import NodeTransports
 from terncomm.hooks.options import Options
-from terncomm.hooks.statistics import ClipWatch, Statistics, advise
+from terncomm.hooks.statistics import ClipWatch, Statistics, warn_on_rank_0
 from terncomm.keys import Key
 from terncomm.layers import Layers
 from terncomm.path.account import Clock, Context
@@ -30,30 +30,32 @@ from terncomm.version import __version__
 
 T = TypeVar("T")
 
-_sparse_warned = False  # once in a process
+_sparse_warned = False  # the warning is given once per process
 
 
-class Averaging:
-    """Options, layers, steps and statistics; a subclass hands it buckets, and drives their paths.
+class GradientReducer:
+    """Averages a model's gradients over ranks, bucket by bucket: options, layers, step counter and statistics.
+
+    A subclass takes buckets from its framework, and runs the path of each (see :mod:`terncomm.path.message`).
 
     Args:
-        options: see there.
-        named_parameters: of the model.
+        options: see :class:`terncomm.hooks.options.Options`.
+        named_parameters: names and parameters of the model. Those that require no gradient are left out.
 
     Raises:
-        ValueError, TypeError: options that do not fit the model.
+        ValueError, TypeError: the options do not fit the model, or the dtype of a parameter is not supported.
     """
 
-    OWN: tuple[str, ...] = (
+    PROCESS_LOCAL: tuple[str, ...] = (
         "connection",
         "statistics",
         "transport",
-        "_levels",
+        "_nodes",
         "_staging",
-        "_later",
+        "_unchecked",
         "_buckets_known",
         "_failed",
-    )  # what belongs to this process alone
+    )  # attributes that are not copied or pickled: they belong to this process
 
     def __init__(self, options: Options, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         self.options = options
@@ -68,75 +70,76 @@ class Averaging:
         self._step = -1
         self._enabled = self._enabled_next = True
         self._copied = False
-        self._had_levels = False  # whether it was made with intra_group, which a copy has not
+        self._had_nodes = False  # whether intra_group was given; a copy does not have these groups
         self._detach()
         ops.compile_kernels()
 
     def _detach(self) -> None:
-        """Hold nothing that belongs to this process alone."""
+        """Set what belongs to this process to its initial state: not connected, no statistics, no error."""
         self.connection: Connection | None = None
         self.transport: Metered | None = None
         self.statistics = Statistics()
-        self._levels: Levels | None = None
+        self._nodes: NodeTransports | None = None
         self._staging = Staging(self.options.stages)
-        self._later: list[Unchecked] = []  # headers on their way from the device
+        self._unchecked: list[Unchecked] = []  # headers that are still being copied from the device
         self._buckets_known: dict[tuple[int, ...], Bucket] = {}
         self._failed: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy or pickle of a model."""
-        return {name: value for name, value in vars(self).items() if name not in self.OWN}
+        """The attributes that a copy or a pickle keeps: all but those in `PROCESS_LOCAL`."""
+        return {name: value for name, value in vars(self).items() if name not in self.PROCESS_LOCAL}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         vars(self).update(saved)
         self._copied = True
-        self.layers.forget_unnamed()  # they are numbered as they are seen; without the model these are other objects
+        self.layers.forget_unnamed()  # numbered when first seen; the model of a copy may have other parameter objects
         self._detach()
 
     # ---- what a user calls --------------------------------------------------------------------------------------
 
     @property
     def codec(self) -> Codec | Rules | None:
-        """The codec, or the rules."""
+        """The codec; or the rules, if there are several."""
         rules = self.options.rules
         return rules.default if len(rules.pairs) == 1 else rules
 
     @property
     def seed(self) -> int:
-        """Of the rounding noise."""
+        """Seed of the rounding noise."""
         return self.options.seed
 
     @property
     def warmup_steps(self) -> int:
-        """First steps in which everything travels exactly."""
+        """Number of first steps in which all gradients are averaged uncompressed."""
         return self.options.warmup_steps
 
     @property
     def exchange(self) -> str:
-        """As it was asked for."""
+        """The option `exchange`: "auto", "gather" or "two_phase"."""
         return self.options.exchange
 
     @property
     def step(self) -> int:
-        """The step that was begun last; -1 before the first."""
+        """Number of the last step that has begun; -1 before the first."""
         return self._step
 
     @property
     def rank(self) -> int:
-        """This rank, of the whole job where that is torch.distributed's."""
+        """The global rank; with a transport of the user's own, the rank in that transport."""
         if self.connection is None and self.transport is not None:
             return self.transport.rank
         return dist.get_rank() if dist.is_initialized() else 0
 
     def stats(self) -> dict[str, int | float]:
-        """Plain numbers of this rank since the start or the last :meth:`reset_stats`.
+        """Statistics of this rank since the start or the last :meth:`reset_stats`.
 
-        steps: backward passes that were reduced. raw_bytes: size of the gradients to be averaged. wire_bytes: sent
-        by this rank, everything counted (codes, scales, checks, padding, exact parts). wire_bytes/CODEC: of these, what
-        a codec's codes took, up and back. exact_bytes: of these, what the exact parts took. coded_numel, exact_numel:
-        elements that went either way. encode_s, exchange_s, decode_s: seconds in the phases of the path, which overlap.
-        clip_norm_lost/NAME: share of the layer's gradient norm that clipping took, when last looked at (the first three
-        coded steps and every hundredth). intra_bytes, with `intra_group`: of wire_bytes, what was sent inside the node.
+        steps: steps begun. raw_bytes: size of the gradients before compression. wire_bytes: all bytes that this rank
+        sent (codes, scales, headers, padding, uncompressed layers). wire_bytes/CODEC: the part of wire_bytes that holds
+        the layers of a codec, without scales. exact_bytes: the part that holds uncompressed gradients. coded_numel,
+        exact_numel: elements averaged through a codec, and uncompressed. encode_s, exchange_s, decode_s: seconds in
+        each phase; phases overlap. clip_norm_lost/NAME: share of the layer's gradient norm that was clipped, in [0, 1],
+        when last measured (the first three compressed steps, then every hundredth). intra_bytes, with `intra_group`:
+        the part of wire_bytes that was sent inside the node.
         """
         self.check_arrived()
         return {**self.statistics.read(), **self.clip_watch.read()}
@@ -146,17 +149,17 @@ class Averaging:
         self.statistics.reset()
 
     def disable(self) -> None:
-        """From the next step on, average everything exactly. Call on every rank."""
+        """From the next step on, average all gradients uncompressed. Call on every rank."""
         self._enabled_next = False
 
     def enable(self) -> None:
-        """From the next step on, code again. Call on every rank."""
+        """From the next step on, compress again. Call on every rank."""
         self._enabled_next = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: plain numbers. The noise is a function of seed and step, so nothing else is kept.
+        """The state for a checkpoint: the integers "step" and "seed". The rounding noise has no other state.
 
-        With stages, their state too, "stages", by the names of parameters. It belongs to this rank: each saves its own.
+        With stages also "stages": their state, by parameter name. It differs between ranks, so each rank saves its own.
         """
         self.check_arrived()
         kept: dict[str, Any] = {"step": self._step, "seed": self.seed}
@@ -165,22 +168,23 @@ class Averaging:
         return kept
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on after the saved step. On every rank; the world size may be another.
+        """Continue after the saved step. Call on every rank. The world size may differ from the saved one.
 
-        State of stages belongs to a rank of a world size. Where none is given, stages go on with what they have.
+        The state of stages fits only the rank and the world size that saved it. If `saved` has no "stages", the stages
+        keep their current state.
 
         Raises:
-            ValueError: keys are missing, or the seed is another than this state's; or the state of other stages, or of
-                another rank or world size.
+            ValueError: "step" or "seed" is missing, or the seed differs from this state's. Or "stages" is of other
+                stages, another rank or another world size.
         """
         if missing := {"step", "seed"} - saved.keys():
-            raise ValueError(f"not a terncomm state: it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"wanted what state_dict() returned, got a dict that lacks {', '.join(sorted(missing))}")
         if saved["seed"] != self.seed:
             raise ValueError(
-                f"the checkpoint has seed {saved['seed']}, this state {self.seed}; register with that seed"
+                f"the checkpoint has seed {saved['seed']}, this state {self.seed}; give seed={saved['seed']} instead"
             )
         if self._staging.stages and "stages" in saved:
-            self._staging.load_state_dict(saved["stages"], *self._place, self.layers.named)
+            self._staging.load_state_dict(saved["stages"], *self._place, self.layers.number_of)
         self._step = int(saved["step"])
 
     @property
@@ -190,7 +194,7 @@ class Averaging:
         return transport.rank, transport.world_size
 
     def codes(self, parameter: torch.Tensor) -> bool:
-        """Whether this parameter's gradient goes through a codec (once warm-up is over), or travels exactly."""
+        """Whether this parameter's gradient goes through a codec, once warm-up is over."""
         return self.layers.codes(parameter)
 
     # ---- what engines call -------------------------------------------------------------------------------------
@@ -216,58 +220,78 @@ class Averaging:
             f"{sum(coded) / max(total, 1):.1%} of {total} elements; seed {self.seed}, {world_size} ranks"
         )
 
-    def connect(self, transport: Metered, connection: Connection | None = None, levels: Levels | None = None) -> None:
-        """Use these from now on, and count from zero."""
-        self.connection, self.transport, self._levels = connection, transport, levels
-        self._had_levels = levels is not None
+    def connect(
+        self, transport: Metered, connection: Connection | None = None, nodes: NodeTransports | None = None
+    ) -> None:
+        """Use this transport from now on, and reset the statistics.
+
+        Args:
+            transport: over all ranks.
+            connection: what the transport belongs to; None for a transport of the user's own.
+            nodes: the transports inside and between nodes, with `intra_group`.
+        """
+        self.connection, self.transport, self._nodes = connection, transport, nodes
+        self._had_nodes = nodes is not None
         self.statistics.connect(self.transports)
         self.statistics.reset()
 
     @property
     def transports(self) -> dict[str, Metered]:
-        """This rank's transports, by the group of a message."""
+        """This rank's transports, by the group of a message: "all"; with `intra_group` also "node" and "between"."""
         if self.transport is None:
-            raise RuntimeError("a copy of this object is connected to no other ranks; make a new one")
-        nodes = {} if self._levels is None else {"node": self._levels.inside, "between": self._levels.between}
+            raise RuntimeError("this object is not connected to other ranks; if it is a copy, make a new one instead")
+        nodes = {} if self._nodes is None else {"node": self._nodes.inside, "between": self._nodes.between}
         return {"all": self.transport, **nodes}
 
     @property
     def clock(self) -> Clock:
-        """Where time is written down."""
+        """The clock that adds up encode_s, exchange_s and decode_s."""
         return self.statistics.account.clock
 
     def begin_step(self, step: int | None = None) -> None:
-        """Begins a step; called for the first bucket.
+        """Begin a step; called before its first bucket. step: its number; by default that of the last step plus 1.
 
         An aborted pass uses up its number on every rank, so ranks stay aligned.
         """
-        self.statistics.step_begins()
-        self._staging.settle()
+        self.statistics.on_step()
+        self._staging.adopt_states()
         self._step = self._step + 1 if step is None else step
         self._enabled = self._enabled_next
 
-    def codes_in(self, step: int) -> bool:
-        """Whether anything is coded in a step that begins now."""
+    def compresses_at(self, step: int) -> bool:
+        """Whether gradients are compressed in `step`, if it begins now: enabled, and warm-up is over."""
         return self._enabled_next and step >= self.options.warmup_steps
 
     def context(self, key: Key, transport: Metered) -> Context:
-        """For the path of a bucket over this transport."""
+        """The context in which a path of this key runs over this transport."""
         piece = piece_for(transport.chunk)
         return Context(key, transport.rank, transport.world_size, self.statistics.account, piece)
 
-    def later(self, buffer: torch.Tensor) -> list[Unchecked] | None:
-        """Where headers are put that cannot be checked at once; see :func:`terncomm.path.reduce.agree`."""
-        return self._later if buffer.is_cuda else None
+    def unchecked(self, buffer: torch.Tensor) -> list[Unchecked] | None:
+        """For CUDA, the list of headers to be checked later, see :func:`terncomm.path.reduce.agree`; else None."""
+        return self._unchecked if buffer.is_cuda else None
 
     def path(
         self, buffer: torch.Tensor, parameters: Sequence[torch.Tensor], index: int, *, final: bool
     ) -> Path[torch.Tensor]:
-        """The path of bucket `index`, the gradients of `parameters` in a row; called in bucket order.
+        """The path of one bucket. Called in bucket order.
 
-        final: no bucket of the step follows.
+        Args:
+            buffer: (n,) contiguous: the gradients of `parameters`, one after another. Or one gradient, sparse_coo.
+            parameters: in the order of the buffer.
+            index: of the bucket in its step.
+            final: whether this is the last bucket of the step.
+
+        Returns:
+            A path that returns the mean over ranks: `buffer`, changed in place, or a new sparse_coo tensor.
+
+        Raises:
+            TypeError: the layout of the buffer is neither strided nor sparse_coo.
+            RanksDiffer: ranks were not in step in an earlier bucket.
+            RuntimeError: the parameters do not belong to this state, or do not fit the buffer.
         """
         path = self._path(buffer, parameters, index)
-        return self._staging.watched(path, self._step, final) if self._staging.stages else path
+        return self._staging.recording_finite(path, self._step, final) if self._staging.stages else path
 
     def _path(self, buffer: torch.Tensor, parameters: Sequence[torch.Tensor], index: int) -> Path[torch.Tensor]:
         self.check_arrived()
@@ -278,52 +302,59 @@ class Averaging:
         if buffer.layout != torch.strided:
             raise TypeError(f"gradients must be dense or sparse_coo, got a bucket of layout {buffer.layout}")
         bucket = self._bucket(buffer, parameters)
-        coding = self.transports["all" if self._levels is None else "between"]
+        coding = self.transports["all" if self._nodes is None else "between"]
         if not self._enabled or self._step < self.options.warmup_steps or coding.world_size == 1:
             bucket = _nothing_coded(buffer.numel())
-        return self.dense(buffer, bucket, key)
+        return self.dense_path(buffer, bucket, key)
 
     def run(self, path: Path[T], index: int) -> T:
         """Run the path of bucket `index` to its end on this thread."""
         return blocking(path, self.transports, self.clock, index)
 
-    def run_together(self, path: Path[T], index: int, where: str) -> T:
-        """The same, and the other ranks are told of an error. where: the bucket and the step, in words."""
-        with self.failing_together(lambda: where):
+    def run_reporting(self, path: Path[T], index: int, where: str) -> T:
+        """As :meth:`run`, with :meth:`reporting_failure`. where: such as "bucket 0 of step 3"."""
+        with self.reporting_failure(lambda: where):
             return self.run(path, index)
 
-    def dense(self, flat: torch.Tensor, bucket: Bucket, key: Key) -> Path[torch.Tensor]:
-        """The path of a dense bucket, and what is counted of it."""
+    def dense_path(self, flat: torch.Tensor, bucket: Bucket, key: Key) -> Path[torch.Tensor]:
+        """The path of a dense bucket `flat`, (n,), averaged in place; also updates the statistics."""
         with self.clock("encode", key.bucket, "watch clipping"):
-            complaint = self.clip_watch.look(flat, bucket, key.step)
-        options: Any = {"exchange": self.options.exchange, "later": self.later(flat)}
-        if self._levels is None:
+            complaint = self.clip_watch.measure_bucket(flat, bucket, key.step)
+        options: Any = {"exchange": self.options.exchange, "unchecked": self.unchecked(flat)}
+        if self._nodes is None:
             context = self.context(key, self.transports["all"])
             yield from all_reduce_mean(flat, bucket, context, staging=self._staging, **options)
         else:
-            levels = (self.context(key, each) for each in self._levels)
-            yield from all_reduce_mean_between_nodes(flat, bucket, *levels, **options)
+            nodes = (self.context(key, each) for each in self._nodes)
+            yield from all_reduce_mean_between_nodes(flat, bucket, *nodes, **options)
         exact_numel = bucket.numel - bucket.coded_numel
         self.statistics.add(raw_bytes=flat.nbytes, coded_numel=bucket.coded_numel, exact_numel=exact_numel)
-        self.complain(complaint)
+        self.warn(complaint)
         return flat
 
-    def complain(self, complaint: str | None) -> None:
-        """Warn on rank 0, if there is something to say."""
+    def warn(self, complaint: str | None) -> None:
+        """Warn on rank 0, unless `complaint` is None."""
         if complaint is not None:
-            advise(complaint, self.transports["all"].rank)
+            warn_on_rank_0(complaint, self.transports["all"].rank)
 
     def _sparse(self, gradient: torch.Tensor, key: Key) -> Path[torch.Tensor]:
-        """The path of a sparse gradient, and what is counted of it."""
+        """The path of a sparse_coo gradient; also updates the statistics."""
         context = self.context(key, self.transports["all"])
-        mean = yield from all_reduce_mean_sparse(gradient, context, later=self.later(gradient))
+        mean = yield from all_reduce_mean_sparse(gradient, context, unchecked=self.unchecked(gradient))
         indices, values = sparse_parts(gradient)
         self.statistics.add(raw_bytes=values.nbytes + indices.nbytes, coded_numel=0, exact_numel=values.numel())
         return mean
 
     @contextmanager
-    def failing_together(self, where: Callable[[], str]) -> Iterator[None]:
-        """For reductions on the caller's own thread: the other ranks are told of an error, and it stays."""
+    def reporting_failure(self, where: Callable[[], str]) -> Iterator[None]:
+        """A context for a reduction on the caller's thread. On an error it calls :meth:`fail`.
+
+        Args:
+            where: returns the bucket and the step, in words, for the message to the other ranks.
+
+        Raises:
+            RuntimeError: an earlier reduction failed.
+        """
         if self._failed is not None:
             raise RuntimeError(f"an earlier gradient reduction failed: {self._failed}") from self._failed
         try:
@@ -333,7 +364,10 @@ class Averaging:
             raise failure from failure.__cause__
 
     def fail(self, error: Exception, where: str, phase: str) -> Exception:
-        """Tell the other ranks of an error, and refuse reductions from now on; returns what to raise."""
+        """Post an error for the other ranks, and refuse reductions from now on. Returns the exception to raise.
+
+        A transport of the user's own has no place to post it. The other ranks then see only that this rank is missing.
+        """
         self._failed = error
         if self.connection is None:
             return error
@@ -343,45 +377,49 @@ class Averaging:
         return failure
 
     def give_up(self, error: Exception) -> None:
-        """Refuse reductions from now on, for other ranks have met this error."""
+        """Refuse reductions from now on, without posting the error: the other ranks have an error of their own."""
         self._failed = error
 
     def check_arrived(self) -> None:
-        """Raise if ranks turned out to differ in an earlier bucket whose headers have reached the host by now."""
-        while self._later and self._later[0].arrived():
-            self._later[0].check()  # stays, if it raises: whoever comes next must be told, too
-            self._later.pop(0)
+        """Check the headers of earlier CUDA buckets that have reached the host by now.
+
+        Raises:
+            RanksDiffer: ranks were not in step.
+        """
+        while self._unchecked and self._unchecked[0].arrived():
+            self._unchecked[0].check()  # if it raises, the header stays in the list, and the next call raises too
+            self._unchecked.pop(0)
 
     def _warn_of_sparse(self, parameter: torch.Tensor) -> None:
         global _sparse_warned
         if not _sparse_warned:
             _sparse_warned = True
             name = self.layers.name(self.layers.number(parameter))
-            self.complain(
-                f"the gradient of {name} is sparse: the rows of such gradients are gathered from all ranks, exactly"
+            self.warn(
+                f"the gradient of {name} is sparse. Sparse gradients are sent uncompressed: an all-gather of their rows"
             )
 
     def _bucket(self, buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> Bucket:
-        """The layers of a bucket; DDP rebuilds buckets, so they are known by their parameters."""
+        """The layers of a bucket, cached by its parameters: DDP rebuilds buckets, so an index is not enough."""
         identity = tuple(map(id, parameters))
         if identity not in self._buckets_known:
             for parameter in parameters:
                 self._check_known(parameter)
             bucket = Bucket(self.layers.groups_of(parameters))
             if bucket.numel != buffer.numel():
-                raise RuntimeError(f"a bucket of {buffer.numel()} elements holds parameters of {bucket.numel}")
+                raise RuntimeError(f"a bucket has {buffer.numel()} elements, its parameters have {bucket.numel}")
             self._buckets_known[identity] = bucket
         return self._buckets_known[identity]
 
     def _check_known(self, parameter: torch.Tensor) -> None:
         if self._copied and self.layers.names and parameter not in self.layers.numbers:
             raise RuntimeError(
-                "this CommState was copied or pickled without its model, and knows none of these parameters. Make a "
-                "new one with the model's named_parameters, and give it load_state_dict(old.state_dict())."
+                "this CommState was copied or pickled without its model, so it does not know these parameters. Make a "
+                "new one with named_parameters=model.named_parameters(), then load_state_dict(old.state_dict())."
             )
 
 
 @lru_cache(maxsize=1024)
 def _nothing_coded(numel: int) -> Bucket:
-    """A bucket in which nothing is coded."""
+    """A bucket of `numel` elements, all uncompressed."""
     return Bucket([(Segments([numel]), None)])

@@ -21,8 +21,8 @@ def codec_for(codec: "str | Codec") -> Codec:
     "bf16" and "fp16" are :class:`Half`: floats of 16 bits.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor a codec.
+        ValueError: the name is unknown.
+        TypeError: `codec` is neither a name nor a codec.
 
     >>> codec_for("int8")
     Int8(block=2048, returned='int8')
@@ -40,4 +40,4 @@ def codec_for(codec: "str | Codec") -> Codec:
 
 
 def _hint(codec: object) -> str:
-    return f": it is to be called, {codec.__name__}()" if isinstance(codec, type) and issubclass(codec, Codec) else ""
+    return f": a class; write {codec.__name__}()" if isinstance(codec, type) and issubclass(codec, Codec) else ""
