@@ -48,7 +48,7 @@ def measured(codec: str, rounds: int) -> dict[str, object]:
         state.stats()
 
     def bare() -> None:
-        with mock.patch.object(Clock, "_enter"), mock.patch.object(ClipWatch, "look", return_value=None):
+        with mock.patch.object(Clock, "_enter"), mock.patch.object(ClipWatch, "measure_bucket", return_value=None):
             step()
 
     kinds = {"alone": alone, "hook": step, "read": read, "bare": bare}

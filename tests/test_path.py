@@ -246,6 +246,24 @@ def test_pieces_change_no_bit(monkeypatch, world_size, codec):
         assert len(calls[1 << 20]) < len(calls[3000]) < len(calls[500])
 
 
+def test_a_piece_is_small_beside_its_bucket():
+    """Six messages may be in memory at a time. Codes of a bit or two per element are no burden."""
+    n = 1 << 23
+    layers = Segments([n])
+    count = {
+        (codec, dtype): len(Bucket([(layers, codec)]).cuts("auto", 8, dtype, 1 << 23))
+        for codec in (Ternary(), Int8(), None)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    }
+    assert [count[Ternary(), dtype] for dtype in (torch.float64, torch.float32, torch.bfloat16)] == [1, 1, 1]
+    assert [count[Int8(), dtype] for dtype in (torch.float64, torch.float32)] == [1, 1]
+    assert count[Int8(), torch.bfloat16] >= 3
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert count[None, dtype] >= 6
+    small = Bucket([(Segments([1 << 17]), None)])
+    assert len(small.cuts("auto", 8, torch.float64)) == 1, "memory is no reason to cut half a million bytes"
+
+
 def four_groups():
     layers = [
         Segments([3000, 500], offsets=[0, 4000], layers=[0, 4]),

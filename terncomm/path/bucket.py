@@ -1,6 +1,7 @@
 """The layers of one flat buffer: how each is sent, and in which pieces."""
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from terncomm.wire import packing_for
 EXCHANGES = ("auto", "gather", "two_phase")
 SMALL = 8192  # bytes; about what a 100 Mbit/s link sends in the latency of a small message, 1 ms
 PIECE = 1 << 20  # elements of a piece: while one piece is sent, others are encoded or decoded
+_LEAST_PIECE = 1 << 18  # elements; smaller pieces do not save memory worth their messages
 _RANKS = 8  # with more ranks, pieces grow in proportion: else the messages to each rank get too small
 
 
@@ -140,24 +142,38 @@ class Bucket:
             numel = segments.numel
             if (narrow := codec.narrowing(world_size)) is not None:
                 blocks = segments.blocks(narrow.block)
-            gather, two_phase = code_bytes(codec, numel, world_size)
+            sizes = _code_sizes(codec, numel, world_size)
+            gather, two_phase = (world_size - 1) * sizes.whole, (world_size - 1) * (sizes.row + sizes.total)
             whole = exchange == "gather" or (exchange == "auto" and (gather <= two_phase or gather <= SMALL))
         else:
             itemsize = (self.floats[index - len(self.coded)].dtype or dtype).itemsize
-            whole = (world_size - 1) * numel * itemsize <= SMALL
-            most = min(most, PIECE)  # floats take several times as much memory as codes
-        pieces = max(1, round(numel / most))
+            row = -(-numel // world_size) * itemsize
+            sizes = _Sizes(numel * itemsize, row, row)
+            whole = (world_size - 1) * sizes.whole <= SMALL
+        pieces = max(1, round(numel / most), self._least_pieces(sizes, whole, numel, world_size, dtype))
         rows = 1 if whole else world_size
         edges = row_edges(numel, pieces * rows, blocks)
         return [(index, whole, edges[at * rows : (at + 1) * rows + 1]) for at in range(pieces)]
 
+    def _least_pieces(self, sizes: "_Sizes", whole: bool, numel: int, world_size: int, dtype: torch.dtype) -> int:
+        """Pieces that a group of `numel` elements needs, for its messages to take no more memory than the bucket.
+
+        A single piece holds its rows twice, as they are sent and as they arrive. Of several pieces, up to two are on
+        their way in each direction: about six times the rows of one.
+        """
+        once = (world_size + 1) * sizes.whole // 2 if whole else world_size * max(sizes.row, sizes.total)
+        bucket = self.numel * dtype.itemsize
+        if 2 * once <= bucket * 3 // 4:
+            return 1
+        return min(-(-6 * once // bucket), max(numel // _LEAST_PIECE, 1))
+
     def _pieces(self, chunks: Sequence[tuple[int, bool, tuple[int, ...]]], most: int) -> list[PieceLayout]:
-        """Join chunks to pieces of about `most` elements. Chunks of floats are smaller, and weighted accordingly."""
+        """Join chunks to pieces of about `most` elements. A chunk of a group that is cut fills a piece."""
         pieces: list[list[tuple[int, bool, tuple[int, ...]]]] = []
         held = 0
+        cut = {index for index, count in Counter(index for index, _, _ in chunks).items() if count > 1}
         for chunk in chunks:
-            weight = 1 if chunk[0] < len(self.coded) else max(most // PIECE, 1)
-            size = (chunk[2][-1] - chunk[2][0]) * weight
+            size = most if chunk[0] in cut else chunk[2][-1] - chunk[2][0]
             if not pieces or held + size > most * 3 // 2:
                 pieces.append([])
                 held = 0
@@ -184,15 +200,21 @@ def check_exchange(exchange: str) -> None:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
 
 
-def code_bytes(codec: IntegerCodec, numel: int, world_size: int) -> tuple[int, int]:
-    """Bytes that each rank sends for `numel` elements, in a "gather" and in a "two_phase" exchange."""
+class _Sizes(NamedTuple):
+    """Estimated bytes of a group's elements: packed whole, in one of W rows, and as the total of a row."""
+
+    whole: int
+    row: int
+    total: int
+
+
+def _code_sizes(codec: IntegerCodec, numel: int, world_size: int) -> _Sizes:
     low, high = codec.alphabet
     up, row = packing_for(low, high), -(-numel // world_size)
-    back = packing_for(low * world_size, high * world_size).nbytes(row)
+    total = packing_for(low * world_size, high * world_size).nbytes(row)
     if (narrow := codec.narrowing(world_size)) is not None:
-        back = narrow.nbytes(row)
-    others = (world_size - 1) * codec.planes
-    return others * up.nbytes(numel), others * (up.nbytes(row) + back)
+        total = narrow.nbytes(row)
+    return _Sizes(*(codec.planes * nbytes for nbytes in (up.nbytes(numel), up.nbytes(row), total)))
 
 
 def piece_for(chunk_nbytes: int | None) -> int:
