@@ -343,7 +343,8 @@ def _begin(ticket: _Ticket, flight: deque[_Transfer], inbox: _Inbox) -> None:
     transfers = _transfers(ticket, transport)
     while True:
         try:
-            transfer = next(transfers, None)
+            with _timed(ticket):
+                transfer = next(transfers, None)
         except BaseException:
             # Earlier paths have sent all their messages. They still end, and the error is not taken for theirs.
             while flight and flight[0].ticket.job is not ticket.job:
@@ -363,8 +364,7 @@ def _transfers(ticket: _Ticket, transport: Transport) -> Iterator[_Transfer]:
         rows, waits = transport.begin(message.kind, message.payload)
         yield from (_Transfer(wait, ticket) for wait in waits)
     else:
-        with _timed(ticket):
-            rows = call(transport, message)
+        rows = call(transport, message)
     yield _Transfer(None, ticket, rows)
 
 
