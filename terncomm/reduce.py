@@ -18,7 +18,7 @@ from terncomm.transports.base import Transport
 __all__ = ["DTYPES", "EXCHANGES", "RanksDiffer", "all_reduce_mean", "messages", "messages_of"]
 
 _NONE = Segments(())
-_FLOATS = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+FLOATS = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 
 
 @lru_cache(maxsize=1024)
@@ -108,6 +108,6 @@ def messages(
 
 def messages_of(bucket: Bucket, world_size: int, *, exchange: str = "auto", itemsize: int = 4) -> list[Call]:
     """As :func:`messages`, for a bucket with any groups of layers."""
-    flat = torch.empty(bucket.extent, dtype=_FLOATS[itemsize], device="meta")
+    flat = torch.empty(bucket.extent, dtype=FLOATS[itemsize], device="meta")
     ctx = Context(Key(0), 0, world_size)
     return counted(path.all_reduce_mean(flat, bucket, ctx, exchange=exchange), world_size)

@@ -20,7 +20,7 @@ from terncomm.simulator.fabric import KINDS, Measured, Software, Switched
 from terncomm.simulator.links import Link
 from terncomm.simulator.networks import NETWORKS, of_module, of_size, parse_count
 from terncomm.simulator.plan import DEVICES, WORTH, Device, Job, advice, plan
-from terncomm.simulator.predict import Load, predict
+from terncomm.simulator.predict import Load, load_of, predict
 from terncomm.simulator.reductions import reduction_for
 from terncomm.simulator.timeline import DECODE, ENCODE, WIRE, Compute, Stage, step_time
 
@@ -55,6 +55,30 @@ def test_timeline(compute, buckets, cores, wanted):
     found = step_time(compute, buckets, cores=cores)
     assert [found.compute_s, found.encode_s, found.exchange_s, found.decode_s] == pytest.approx(wanted)
     assert found.step_s == pytest.approx(sum(wanted))
+
+
+def test_pieces_overlap_and_buckets_keep_their_order():
+    at_end = Compute(1, (4.0, 4.0), 4)
+    piece = [Stage(ENCODE, 1.0), *wire(2), Stage(DECODE, 1.0)]
+    # Encode 1, send 2 and 2, decode 1: the second piece is encoded and the first decoded meanwhile.
+    assert step_time(Compute(1, (4.0,), 4), [piece, piece], bucket_of=[0, 0]).step_s == pytest.approx(5 + 6)
+    assert step_time(at_end, [piece, piece]).step_s == pytest.approx(5 + 6)
+    # A bucket sends all its messages before the next sends its first; pieces of one do not wait.
+    long = [*wire(1), Stage(DECODE, 5.0), *wire(1)]
+    assert step_time(at_end, [long, wire(1)]).step_s == pytest.approx(5 + 8)
+    assert step_time(Compute(1, (4.0,), 4), [long, wire(1)], bucket_of=[0, 0]).step_s == pytest.approx(5 + 7)
+
+
+def test_a_bucket_is_predicted_in_the_pieces_in_which_it_travels():
+    fabric, layers = Switched(MBYTE, software=QUICK), Segments([4 << 20])
+    load = load_of(layers, Segments(()), reduction_for("int8"), 4)
+    assert load.rows == (True,) * 4
+    compute = Compute(0, (0.0,), 0.0)
+    wires = sum(fabric.seconds(call, 4) for call in load.calls)
+    assert predict(compute, [load], 4, fabric, FREE).step_s == pytest.approx(wires)
+    cost = load._replace(cost_s=(wires / 2, 0.0, wires / 2))
+    ahead = wires + (wires / 2 + wires / 2) / 4  # only the first piece's encoding and the last one's decoding add time
+    assert predict(compute, [cost], 4, fabric, FREE, cores=3).step_s == pytest.approx(ahead, rel=0.05)
 
 
 def test_more_load_and_fewer_cores_never_make_a_step_shorter():

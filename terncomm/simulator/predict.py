@@ -1,5 +1,6 @@
 """The time of a step, from what is computed, what is sent, and what joins the workers."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ from terncomm.path.drivers import Call, sent
 from terncomm.segments import Segments
 from terncomm.simulator.codec_costs import Cost
 from terncomm.simulator.fabric import Fabric
-from terncomm.simulator.reductions import Reduction
+from terncomm.simulator.reductions import Coded, Reduction
 from terncomm.simulator.timeline import DECODE, ENCODE, WIRE, Compute, Stage, StepTime, step_time
 
 
@@ -15,17 +16,20 @@ class Load(NamedTuple):
     """What reducing a bucket asks for: calls of the transport, in order, and elements to encode and decode.
 
     cost_s: seconds to encode, to add up, to decode, where they were measured on this bucket.
+    rows: for each piece of the bucket, whether it is sent in rows; () if the bucket is one message, or not in pieces.
     """
 
     calls: tuple[Call, ...]
     elements: int
     cost_s: tuple[float, float, float] | None = None
+    rows: tuple[bool, ...] = ()
 
 
 def load_of(coded: Segments, exact: Segments, reduction: Reduction, world_size: int, itemsize: int = 4) -> Load:
     """The load of a bucket with these layers, of `itemsize` bytes an element."""
     elements = coded.numel + (exact.numel if reduction.whole else 0)
-    return Load(tuple(reduction.calls(coded, exact, world_size, itemsize)), elements)
+    rows = reduction.pieces(coded, exact, world_size, itemsize) if isinstance(reduction, Coded) else ()
+    return Load(tuple(reduction.calls(coded, exact, world_size, itemsize)), elements, rows=tuple(rows))
 
 
 def predict(
@@ -49,16 +53,32 @@ def predict(
     """
     if world_size == 1:
         return StepTime(compute.total_s)
-    buckets = [_stages(load, world_size, fabric, cost) for load in loads]
-    return step_time(compute, buckets, cores=cores)
+    pieces = [(index, stages) for index, load in enumerate(loads) for stages in _stages(load, world_size, fabric, cost)]
+    stages, bucket_of = [stages for _, stages in pieces], [index for index, _ in pieces]
+    return step_time(compute, stages, cores=cores, bucket_of=bucket_of)
 
 
-def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost) -> list[Stage]:
-    """What happens to a bucket, in order: encode, the calls that lead to the sums, add up, their way back, decode."""
+def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost) -> list[list[Stage]]:
+    """The stages of each piece of a bucket: encode, the calls that lead to the sums, add up, the way back, decode.
+
+    The first piece has the calls that come before those of all pieces, such as the header.
+    """
     wires = [Stage(WIRE, fabric.seconds(call, world_size), fabric.busy(call), fabric.late(call)) for call in load.calls]
     wires.insert(0, Stage(WIRE, cost.waiting_s(load.elements) if load.elements else 0.0))
     encode, add, decode = load.cost_s or (cost.seconds(load.elements) if load.elements else (0.0, 0.0, 0.0))
-    return [Stage(ENCODE, encode), *wires[:-1], Stage(DECODE, add), *wires[-1:], Stage(DECODE, decode)]
+    rows = load.rows or (False,)
+    first = len(wires) - len(rows) - sum(rows)
+    tail = [(call.kind, wire) for call, wire in zip(load.calls, wires[1:], strict=True)][first - 1 :] if first else []
+    ups = deque(wire for kind, wire in tail if kind == "all_to_all")
+    backs = deque(wires[-1:] if len(rows) == 1 else [wire for kind, wire in tail if kind != "all_to_all"])
+    pieces, share = [], 1 / len(rows)
+    for number, in_rows in enumerate(rows):
+        sent = [*(wires[:first] if number == 0 else []), *([ups.popleft()] if in_rows else [])]
+        back = [backs.popleft()]
+        pieces.append(
+            [Stage(ENCODE, encode * share), *sent, Stage(DECODE, add * share), *back, Stage(DECODE, decode * share)]
+        )
+    return pieces
 
 
 def sent_bytes(loads: Sequence[Load], world_size: int) -> int:

@@ -1,8 +1,6 @@
 """How the gradients of a bucket are averaged: plainly, as float16, or through a codec, by what the hook runs."""
 
 import ast
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +16,7 @@ from terncomm.path.message import Path
 from terncomm.path.parts import Floats
 from terncomm.path.reduce import all_reduce_mean
 from terncomm.path.sums import row_edges
-from terncomm.reduce import bucket_of, messages_of
+from terncomm.reduce import FLOATS, bucket_of, messages_of
 from terncomm.segments import Segments
 from terncomm.simulator.fabric import ALL_REDUCE, ALL_REDUCE_HALF
 
@@ -78,8 +76,13 @@ class Coded:
         yield from all_reduce_mean(flat, self._bucket(coded, exact), ctx)
 
     def calls(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[Call]:
-        """See :class:`Reduction`. Those of a bucket's pieces, which overlap, are one of each kind."""
-        return _whole(messages_of(self._bucket(coded, exact), world_size, itemsize=itemsize))
+        """See :class:`Reduction`."""
+        return messages_of(self._bucket(coded, exact), world_size, itemsize=itemsize)
+
+    def pieces(self, coded: Segments, exact: Segments, world_size: int, itemsize: int = 4) -> list[bool]:
+        """For each piece of the bucket: whether it is sent in rows. Their messages are the last of `calls`."""
+        cuts = self._bucket(coded, exact).cuts("auto", world_size, FLOATS[itemsize])
+        return [bool(cut.rows) for cut in cuts]
 
     def _bucket(self, coded: Segments, exact: Segments) -> Bucket:
         if self.whole:
@@ -90,17 +93,6 @@ class Coded:
     def whole(self) -> bool:
         """Whether the codec takes small tensors, embeddings and heads too."""
         return isinstance(self.codec, Half)
-
-
-def _whole(calls: Sequence[Call]) -> list[Call]:
-    """Where a bucket travels in pieces, one call of each kind in place of many."""
-    if len(calls) <= 5:  # header, statistics in two, rows, totals
-        return list(calls)
-    small, large = [each for each in calls if each.nbytes < 2**14], [each for each in calls if each.nbytes >= 2**14]
-    total = Counter[str]()
-    for each in large:
-        total[each.kind] += each.nbytes
-    return small + [Call(kind, nbytes) for kind, nbytes in sorted(total.items(), reverse=True)]
 
 
 def family(name: str) -> str:

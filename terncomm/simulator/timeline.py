@@ -1,8 +1,12 @@
-"""When a step ends: one thread computes, another reduces the buckets in order, and both want the processor."""
+"""When a step ends: the backward pass, the codec and the messages overlap, and share the processor's cores."""
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+_NOTHING_S = 1e-12
 
 ENCODE, WIRE, DECODE = "encode", "exchange", "decode"
 
@@ -70,45 +74,91 @@ class StepTime:
         }
 
 
-def step_time(compute: Compute, buckets: Sequence[Sequence[Stage]], *, cores: float = 2.0) -> StepTime:
-    """The time of a step in which buckets are reduced in order, each by its stages, as soon as its gradients are there.
+def step_time(
+    compute: Compute, buckets: Sequence[Sequence[Stage]], *, cores: float = 2.0, bucket_of: Sequence[int] | None = None
+) -> StepTime:
+    """The time of a step whose buckets are reduced as the pipelined driver does, each when its gradients are there.
+
+    One thread encodes and decodes, the earliest bucket first. The wire sends all messages of a bucket, then those of
+    the next one. So a bucket is encoded while those before it are sent. Pieces of one bucket do not wait for each
+    other.
 
     Args:
         compute: of one worker.
-        buckets: their stages, in the order in which they are reduced.
-        cores: for one worker's two threads; with less than 2 they slow each other down where both are busy.
+        buckets: the stages of each bucket, or piece of one, in order.
+        cores: of one worker, for computing, encoding and sending at the same time; they are shared fairly.
+        bucket_of: for each entry of `buckets`, the index of its bucket, ascending; by default each is a bucket.
 
     Raises:
-        ValueError: another number of buckets than of times at which they are ready, or no cores.
+        ValueError: the number of buckets differs from the number of times at which they are ready, or `cores` is not
+            positive.
     """
-    if len(buckets) != len(compute.ready_s):
-        raise ValueError(f"{len(buckets)} buckets, but {len(compute.ready_s)} times at which they are ready")
+    of = list(range(len(buckets))) if bucket_of is None else list(bucket_of)
+    count = max(of, default=-1) + 1
+    if count != len(compute.ready_s):
+        raise ValueError(f"{count} buckets, but {len(compute.ready_s)} times at which they are ready")
     if not cores > 0:
         raise ValueError(f"cores must be positive, got {cores}")
     alone = min(1.0, cores)
     spent = {ENCODE: 0.0, WIRE: 0.0, DECODE: 0.0}
+    jobs = [_Job(deque(stages), bucket, compute.ready_s[bucket]) for stages, bucket in zip(buckets, of, strict=True)]
     work, computed = compute.backward_s, 0.0  # left to compute, and done
-    for ready, stages in zip(compute.ready_s, buckets, strict=True):
-        ahead = min(max(ready - computed, 0.0), work)  # nothing to reduce meanwhile
-        computed, work = computed + ahead, work - ahead
-        for kind, seconds, busy, late in stages:
-            left = seconds + (late if work > 0 else 0.0)
-            if work > 0 and left > 0:
-                mine, other = _rates(busy, cores, alone)
-                both = min(left / other, work / mine)
-                computed, work, left = computed + mine * both, max(work - mine * both, 0.0), left - other * both
-                spent[kind] += (1 - mine) * both
-            spent[kind] += max(left, 0.0)
-    return StepTime(compute.total_s, spent[ENCODE], spent[WIRE], spent[DECODE])
+    while True:
+        active = _active(jobs, computed if work > 0 else math.inf)
+        for job in active:
+            if job.left is None:
+                job.left = job.stages[0].seconds + (job.stages[0].late if work > 0 else 0.0)
+        if work <= 0 and not active:
+            return StepTime(compute.total_s, spent[ENCODE], spent[WIRE], spent[DECODE])
+        wanted = [min(job.stages[0].busy, cores) for job in active]
+        got = _shares([*wanted, *([1.0] if work > 0 else [])], cores)
+        rates = [share / want if want else 1.0 for share, want in zip(got, wanted, strict=False)]
+        mine = got[-1] / alone if work > 0 else 0.0
+        ends = [job.left / rate for job, rate in zip(active, rates, strict=True)]  # type: ignore[operator]
+        if work > 0:
+            ends += [work / mine, *((job.ready_s - computed) / mine for job in jobs if job.ready_s > computed)]
+        took = min(ends)
+        for job, rate in zip(active, rates, strict=True):
+            job.left = max(job.left - rate * took, 0.0)  # type: ignore[operator]
+        if active:
+            spent[min(active, key=jobs.index).stages[0].kind] += took - mine * took
+        computed, work = computed + mine * took, work - mine * took
+        if work <= _NOTHING_S:
+            work = 0.0
+        for job in active:
+            if job.left is not None and job.left <= _NOTHING_S:
+                job.stages.popleft()
+                job.left = None
 
 
-def _rates(busy: float, cores: float, alone: float) -> tuple[float, float]:
-    """How fast computing and a stage go side by side, relative to how fast each goes alone.
+@dataclass(eq=False)
+class _Job:
+    """The stages that remain of a bucket, or of a piece of one. left: seconds of the first; None: not begun."""
 
-    Cores are shared fairly: who wants less than half of them gets what it wants.
-    """
-    if 1 + busy <= cores or busy == 0:
-        return 1.0, 1.0
-    half = cores / 2
-    stage = min(busy, half)
-    return min(1.0, cores - stage) / alone, stage / min(busy, cores)
+    stages: deque[Stage]
+    bucket: int
+    ready_s: float
+    left: float | None = None
+
+
+def _active(jobs: Sequence[_Job], computed: float) -> list[_Job]:
+    """The job whose stage is computed now, and the one whose message is sent; either may be missing."""
+    ready = [job for job in jobs if job.stages and job.ready_s <= computed + _NOTHING_S]
+    found = [job for job in ready if job.stages[0].kind != WIRE][:1]
+    sending = [job for job in jobs if any(stage.kind == WIRE for stage in job.stages)]
+    for job in sending:
+        if job.bucket != sending[0].bucket or job not in ready:
+            break
+        if job.stages[0].kind == WIRE:
+            return [*found, job]
+    return found
+
+
+def _shares(wanted: Sequence[float], cores: float) -> list[float]:
+    """Fair shares of the cores: who wants less than an equal share gets it, and the others share the rest."""
+    got = [0.0] * len(wanted)
+    rest = cores
+    for waiting, place in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
+        got[place] = min(wanted[place], rest / (len(wanted) - waiting))
+        rest -= got[place]
+    return got
