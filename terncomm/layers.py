@@ -206,7 +206,7 @@ def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> di
 
 
 def matching(what: str, patterns: Collection[str], names: Iterable[str]) -> set[str]:
-    """The names that at least one pattern matches; see :func:`terncomm.codecs.rules.named`.
+    """The names that at least one pattern matches; see :func:`terncomm.codecs.rules.matches`.
 
     Args:
         what: the option that the error message names.

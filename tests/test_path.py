@@ -36,6 +36,7 @@ from terncomm.path.shards import Shards
 from terncomm.path.sums import row_edges
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, Metered
+from terncomm.transports.calls import Calls
 
 EXCHANGES = ("auto", "gather", "two_phase")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -262,6 +263,15 @@ def test_a_piece_is_small_beside_its_bucket():
         assert count[None, dtype] >= 6
     small = Bucket([(Segments([1 << 17]), None)])
     assert len(small.cuts("auto", 8, torch.float64)) == 1, "memory is no reason to cut half a million bytes"
+
+
+def test_groups_that_share_a_bucket_share_its_memory():
+    """Half floats, half 8-bit codes of 16-bit gradients: neither alone would need pieces as small."""
+    n = 5 << 20
+    bucket = Bucket([(Segments([n]), Int8()), (Segments([n], offsets=[n]), None)])
+    cuts = bucket.cuts("auto", 8, torch.bfloat16, 1 << 23)
+    widest = max(sum(edges[-1] - edges[0] for _, edges in (*cut.whole, *cut.rows)) for cut in cuts)
+    assert 6 * widest * 2 <= 1.25 * 2 * n * 2
 
 
 def four_groups():
@@ -678,6 +688,59 @@ def test_a_message_that_cannot_begin_is_not_blamed_on_the_path_before():
     assert one == [7]
     assert "OSError: boom" in str(two)
     assert "PipelineFailed" in str(three)
+
+
+def test_a_transport_that_breaks_names_the_message_that_broke_it():
+    """Once a call has failed, no call follows: the path before cannot end, but the error is not taken for its own."""
+    second_asks = threading.Event()
+
+    class Broken(Chunked):
+        in_flight = 10
+
+        def __init__(self, inner):
+            super().__init__(inner)
+            self.calls = Calls("a library")
+
+        def begin(self, kind, payload):
+            received, transfers = super().begin(kind, payload)
+
+            def started():
+                for wait in transfers:
+                    with self.calls.guarded():
+                        if payload[0] == 99:
+                            raise MemoryError("boom")
+
+                    def guarded(wait=wait):
+                        with self.calls.guarded():
+                            wait()
+
+                    yield guarded
+                assert second_asks.wait(10)
+                time.sleep(0.1)
+
+            return received, started()
+
+    def path(number):
+        if number == 99:
+            second_asks.set()
+        yield Message("all_gather", octets(number, number, number), last=True)
+
+    outcomes, failed = pipelined(lambda rank: [(path(number), Clock()) for number in (7, 99, 8)], 1, Broken)
+    assert [(type(error), str(error), phase) for error, phase in failed] == [(MemoryError, "boom", "exchange")]
+    one, two, three = map(str, outcomes[0])
+    assert "MemoryError: boom" in two
+    assert "PipelineFailed: an earlier gradient reduction failed: boom" in one
+    assert "PipelineFailed: an earlier gradient reduction failed: boom" in three
+
+
+def test_a_message_to_a_group_that_is_not_there_leaves_no_future_waiting():
+    def path():
+        yield Message("all_gather", octets(1), group="nowhere", last=True)
+
+    outcomes, failed = pipelined(lambda rank: [(path(), Clock()), (path(), Clock())], 1)
+    assert [type(error) for error, _ in failed] == [KeyError]
+    assert "KeyError" in str(outcomes[0][0])
+    assert "PipelineFailed" in str(outcomes[0][1])
 
 
 def test_a_path_whose_cleanup_raises_leaves_no_future_waiting(caplog):

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import terncomm
 from terncomm import Int8, Ternary
 from terncomm.codecs import Half, Rules
+from terncomm.codecs.rules import matches
 from terncomm.layers import Layers
 
 
@@ -73,6 +74,24 @@ def test_bad_rules_are_refused(rules, words):
 def test_rules_need_names():
     with pytest.raises(ValueError, match="rules need names"):
         terncomm.CommState({"head": "int8", "default": "terngrad"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        ("*.lm_head", ["lm_head.weight", "decoder.lm_head.bias"]),
+        ("lm_head", ["lm_head.weight"]),
+        ("[!l]*", ["decoder.lm_head.bias"]),
+        ("?lm_head", []),
+        ("user[0]", ["user[0].weight"]),
+    ],
+)
+def test_what_a_pattern_fits(pattern, fits):
+    names = ["lm_head.weight", "decoder.lm_head.bias", "user[0].weight", "user0.weight"]
+    found = [name for name in names if matches(pattern, name)]
+    assert [name for name in found if "user" not in name or "user" in pattern] == (
+        [*fits, "user0.weight"] if "user" in pattern else fits
+    )
 
 
 MIXED = {"embedding": "int8", "*.lm_head": "bf16", "default": "terngrad"}

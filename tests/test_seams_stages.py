@@ -123,13 +123,13 @@ def step_of(own, stagings, step, codec, final=True):
     flats = [each.clone() for each in own]
     contexts = [Context(Key(2, step), rank, world_size) for rank in range(world_size)]
     paths = [
-        staging.watched(path(*each, codec), step, final)
+        staging.recording_finite(path(*each, codec), step, final)
         for staging, *each in zip(stagings, flats, stagings, contexts, strict=True)
     ]
     lockstep(paths)
     assert all(same_bits(flat, flats[0]) for flat in flats)
     for staging in stagings:
-        staging.settle()
+        staging.adopt_states()
     return flats[0]
 
 
@@ -226,13 +226,13 @@ def test_a_step_that_is_not_finite_or_fails_leaves_state_as_it_was():
     contexts = [Context(Key(2, 3), rank, 2) for rank in range(2)]
     flats = list(gaussian(2, N, seed=9))
     paths = [
-        staging.watched(failing(flat, staging, ctx, SignMean()), 3, True)
+        staging.recording_finite(failing(flat, staging, ctx, SignMean()), 3, True)
         for staging, flat, ctx in zip(stagings, flats, contexts, strict=True)
     ]
     with pytest.raises(OSError, match="the disk is full"):
         lockstep(paths)
     for staging in stagings:
-        staging.settle()
+        staging.adopt_states()
     unchanged()
     step_of(gaussian(2, N), stagings, 4, SignMean())
     assert not any(state is before[0][0][layer] for layer, state in states(stagings[0])[0].items())

@@ -71,5 +71,6 @@ def matches(pattern: str, name: str) -> bool:
     (True, True, False)
     """
     parts = name.split(".")
-    holders = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-    return any(fnmatch.fnmatchcase(f"{dot}{holder}", pattern) for holder in holders for dot in ("", "."))
+    holders = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    patterns = [pattern, pattern[2:]] if pattern.startswith("*.") else [pattern]
+    return pattern in holders or any(fnmatch.fnmatchcase(holder, each) for holder in holders for each in patterns)

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ class _Inbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._answers: deque[_Ticket | Exception] = deque()
+        self._answers: deque[_Ticket | _WireFailed] = deque()
         self._jobs: deque[_Job] = deque()
         self._closed = False
 
@@ -168,7 +168,7 @@ class _Inbox:
             self._jobs.append(job)
             self._changed.notify()
 
-    def put_answer(self, answer: _Ticket | Exception) -> None:
+    def put_answer(self, answer: "_Ticket | _WireFailed") -> None:
         """Add a message whose rows have arrived, or the error that ended the wire thread."""
         with self._changed:
             self._answers.append(answer)
@@ -180,7 +180,7 @@ class _Inbox:
             self._closed = True
             self._changed.notify()
 
-    def get(self) -> _Ticket | Exception | _Job | None:
+    def get(self) -> "_Ticket | _WireFailed | _Job | None":
         """Wait for the next item; None: the queue is closed and empty."""
         with self._changed:
             while not (self._answers or self._jobs or self._closed):
@@ -201,8 +201,8 @@ def _compute(inbox: _Inbox) -> None:
                 _abandon(item.path)
                 item.outcome.set_result(_follow_up(failed))
         else:
-            if isinstance(item, Exception):
-                jobs[0].fail(item, "exchange")
+            if isinstance(item, _WireFailed):
+                _blame(item, jobs)
             elif isinstance(item, _Job):
                 jobs.append(item)
                 item.advance(None)
@@ -213,6 +213,15 @@ def _compute(inbox: _Inbox) -> None:
             failed = _settle(jobs, wire)
         del item  # else its tensors would be kept alive while `get` waits
     wire.close()
+
+
+def _blame(failure: "_WireFailed", jobs: deque[_Job]) -> None:
+    """Fail the job whose message failed. It comes first: jobs before it that have not ended cannot end any more."""
+    job = failure.job if failure.job in jobs else jobs[0]
+    if job.error is None:
+        job.fail(failure.error, "exchange")
+    jobs.remove(job)
+    jobs.appendleft(job)
 
 
 def _settle(jobs: deque[_Job], wire: "_Wire") -> BaseException | None:
@@ -306,36 +315,52 @@ class _Transfer:
     def finish(self, inbox: _Inbox) -> None:
         """Wait for the transfer. If it is the final one of its message, pass the rows to the compute thread."""
         if self.wait is not None:
-            with _timed(self.ticket):
-                self.wait()
+            try:
+                with _timed(self.ticket.job.clock):
+                    self.wait()
+            except BaseException as error:
+                raise _WireFailed(self.ticket.job, error) from error
         if self._rows is not None:
             self.ticket.rows = self._rows
             inbox.put_answer(self.ticket)
 
 
+class _WireFailed(Exception):
+    """An error of the wire, and the job whose message it came in."""
+
+    def __init__(self, job: _Job, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.job, self.error = job, _ordinary(error)
+
+
 @contextmanager
-def _timed(ticket: _Ticket) -> Iterator[None]:
-    """The time inside belongs to the wire, and is a range in profiles, "terncomm all_to_all, bucket 3"."""
+def _timed(clock: Clock) -> Iterator[None]:
+    """Count the time of the `with` block as exchange."""
     began = time.perf_counter()
-    with record_function(f"terncomm {ticket.message.kind}, bucket {ticket.job.bucket}"):
-        yield
-    ticket.job.clock.wire_s += time.perf_counter() - began
+    yield
+    clock.wire_s += time.perf_counter() - began
 
 
 def _transmit(due: "queue.SimpleQueue[_Ticket | None]", inbox: _Inbox) -> None:
-    """The wire thread: start messages in order, and wait for their transfers in the same order."""
+    """The wire thread: begin messages in their order, and wait for their transfers in the same order."""
     flight: deque[_Transfer] = deque()
     try:
         while (ticket := _next(due, flight, inbox)) is not None:
-            _begin(ticket, flight, inbox)
+            try:
+                with record_function(f"terncomm {ticket.message.kind}, bucket {ticket.job.bucket}"):
+                    _begin(ticket, flight, inbox)
+            except _WireFailed:
+                raise
+            except BaseException as error:
+                raise _WireFailed(ticket.job, error) from error
             del ticket
-    except BaseException as error:
+    except _WireFailed as failed:
         flight.clear()
-        inbox.put_answer(_ordinary(error))
+        inbox.put_answer(failed)
 
 
 def _begin(ticket: _Ticket, flight: deque[_Transfer], inbox: _Inbox) -> None:
-    """Start the transfers of a message. At most `transport.in_flight` are in flight at a time."""
+    """Start the transfers of a message, as many at a time as the transport wants under way."""
     transport = ticket.job.transports[ticket.message.group]
     most = transport.in_flight if overlaps(transport) else 0
     while flight and not most:
@@ -343,12 +368,12 @@ def _begin(ticket: _Ticket, flight: deque[_Transfer], inbox: _Inbox) -> None:
     transfers = _transfers(ticket, transport)
     while True:
         try:
-            with _timed(ticket):
+            with _timed(ticket.job.clock):
                 transfer = next(transfers, None)
         except BaseException:
-            # Earlier paths have sent all their messages. They still end, and the error is not taken for theirs.
-            while flight and flight[0].ticket.job is not ticket.job:
-                flight.popleft().finish(inbox)
+            with suppress(_WireFailed):  # earlier paths have sent all their messages, and end if the transport can
+                while flight and flight[0].ticket.job is not ticket.job:
+                    flight.popleft().finish(inbox)
             raise
         if transfer is None:
             return

@@ -69,6 +69,10 @@ def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost) -> list[lis
     rows = load.rows or (False,)
     first = len(wires) - len(rows) - sum(rows)
     tail = [(call.kind, wire) for call, wire in zip(load.calls, wires[1:], strict=True)][first - 1 :] if first else []
+    if load.rows and sum(kind == "all_to_all" for kind, _ in tail) != sum(
+        rows
+    ):  # a byte coder's lengths are between the pieces
+        return _stages(load._replace(rows=()), world_size, fabric, cost)
     ups = deque(wire for kind, wire in tail if kind == "all_to_all")
     backs = deque(wires[-1:] if len(rows) == 1 else [wire for kind, wire in tail if kind != "all_to_all"])
     pieces, share = [], 1 / len(rows)

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ def step_time(
 
     One thread encodes and decodes, the earliest bucket first. The wire sends all messages of a bucket, then those of
     the next one. So a bucket is encoded while those before it are sent. Pieces of one bucket do not wait for each
-    other.
+    other. Simplified: the driver encodes a bucket after its header's answer, and overlaps the latency of messages.
 
     Args:
         compute: of one worker.
@@ -101,9 +101,15 @@ def step_time(
         raise ValueError(f"cores must be positive, got {cores}")
     alone = min(1.0, cores)
     spent = {ENCODE: 0.0, WIRE: 0.0, DECODE: 0.0}
-    jobs = [_Job(deque(stages), bucket, compute.ready_s[bucket]) for stages, bucket in zip(buckets, of, strict=True)]
+    jobs = deque(
+        _Job(number, deque(stages), bucket, compute.ready_s[bucket])
+        for number, (stages, bucket) in enumerate(zip(buckets, of, strict=True))
+    )
+    later = deque(sorted(compute.ready_s))
     work, computed = compute.backward_s, 0.0  # left to compute, and done
     while True:
+        while jobs and not jobs[0].stages:
+            jobs.popleft()
         active = _active(jobs, computed if work > 0 else math.inf)
         for job in active:
             if job.left is None:
@@ -116,12 +122,15 @@ def step_time(
         mine = got[-1] / alone if work > 0 else 0.0
         ends = [job.left / rate for job, rate in zip(active, rates, strict=True)]  # type: ignore[operator]
         if work > 0:
-            ends += [work / mine, *((job.ready_s - computed) / mine for job in jobs if job.ready_s > computed)]
+            while later and later[0] <= computed:
+                later.popleft()
+            ends += [work / mine, *((ready_s - computed) / mine for ready_s in list(later)[:1])]
         took = min(ends)
         for job, rate in zip(active, rates, strict=True):
             job.left = max(job.left - rate * took, 0.0)  # type: ignore[operator]
         if active:
-            spent[min(active, key=jobs.index).stages[0].kind] += took - mine * took
+            first = min(active, key=lambda job: job.number)
+            spent[first.stages[0].kind] += took - mine * took
         computed, work = computed + mine * took, work - mine * took
         if work <= _NOTHING_S:
             work = 0.0
@@ -135,23 +144,30 @@ def step_time(
 class _Job:
     """The stages that remain of a bucket, or of a piece of one. left: seconds of the first; None: not begun."""
 
+    number: int
     stages: deque[Stage]
     bucket: int
     ready_s: float
     left: float | None = None
 
 
-def _active(jobs: Sequence[_Job], computed: float) -> list[_Job]:
+def _active(jobs: Iterable[_Job], computed: float) -> list[_Job]:
     """The job whose stage is computed now, and the one whose message is sent; either may be missing."""
-    ready = [job for job in jobs if job.stages and job.ready_s <= computed + _NOTHING_S]
-    found = [job for job in ready if job.stages[0].kind != WIRE][:1]
-    sending = [job for job in jobs if any(stage.kind == WIRE for stage in job.stages)]
-    for job in sending:
-        if job.bucket != sending[0].bucket or job not in ready:
+    computing = sending = None
+    blocked, bucket = False, None  # whether later messages must wait, and the bucket that sends
+    for job in jobs:
+        ready = job.ready_s <= computed + _NOTHING_S
+        if job.stages and ready and computing is None and job.stages[0].kind != WIRE:
+            computing = job
+        if not blocked and sending is None and any(stage.kind == WIRE for stage in job.stages):
+            bucket = job.bucket if bucket is None else bucket
+            if job.bucket != bucket or not ready:
+                blocked = True
+            elif job.stages[0].kind == WIRE:
+                sending = job
+        if computing is not None and (blocked or sending is not None):
             break
-        if job.stages[0].kind == WIRE:
-            return [*found, job]
-    return found
+    return [job for job in (computing, sending) if job is not None]
 
 
 def _shares(wanted: Sequence[float], cores: float) -> list[float]:

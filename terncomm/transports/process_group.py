@@ -18,7 +18,7 @@ from terncomm.transports.calls import Calls
 # flows on one link slow each other down (100 Mbit/s, 4 ranks: 30 %), so larger rows are sent in turn.
 AT_ONCE = 1 << 17  # until :meth:`ProcessGroupTransport.adapt` has measured the link
 _LEAST, _MOST = 1 << 13, 1 << 18
-CHUNK = 1 << 20  # bytes of a larger row that one transfer sends, until the link has been measured
+CHUNK = 5 << 19  # bytes of a larger row that one transfer sends, until the link has been measured
 _LEAST_CHUNK, _MOST_CHUNK = 1 << 14, 1 << 24
 _CHUNK_S = 4e-3  # least transmission time of a chunk; shorter ones cost more in calls than they gain by overlap
 _IN_FLIGHT = 8  # two fill the link of an idle machine; eight fill it while encoding competes for the cores
