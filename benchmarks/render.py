@@ -115,13 +115,14 @@ def overhead() -> str:
     titles = ["codec", "no reduction", "with the hook", "encode, exchange, decode", "beyond these", "statistics"]
     told = (
         f"Forward and backward of {int(one['parameters']) / 1e6:.1f} M parameters, W = {one['world_size']}, medians of "
-        f"{one['steps']}; what overlaps with backward makes the fourth number negative. {origin(one)}"
+        f"{one['steps']}; what overlaps with backward is subtracted from the fourth number. {origin(one)}"
     )
     return f"{table(titles, lines)}\n\n{told}"
 
 
 def traffic() -> str:
     from terncomm import Int8, Ternary
+    from terncomm.codecs import codec_for
     from terncomm.path.drivers import sent
     from terncomm.reduce import messages
     from terncomm.segments import Segments
@@ -130,10 +131,10 @@ def traffic() -> str:
     for world_size in (2, 4, 8, 16):
         ring = 2 * (world_size - 1) / world_size * 4
         each = []
-        for codec in (Int8(), Ternary()):
+        for codec in (codec_for("bf16"), Int8(), Ternary()):
             each.append(sent(messages(layer, codec, world_size), world_size) / layer.numel)
         lines.append([str(world_size), f"{ring:.2f}", *(f"{one:.2f} ({ring / one:.1f}x)" for one in each)])
-    return table(["W", "fp32 ring", "int8", "terngrad"], lines)
+    return table(["W", "fp32 ring", "bf16", "int8", "terngrad"], lines)
 
 
 def validation() -> str:
