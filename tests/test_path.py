@@ -651,22 +651,22 @@ def test_an_error_in_the_pipeline_lets_earlier_paths_end_and_stops_later_ones(wh
             assert "PipelineFailed: an earlier gradient reduction failed: boom" in str(each)
 
 
-def test_a_message_that_cannot_begin_is_not_blamed_on_the_path_before():
-    """The first path's message is under way when the second's fails to begin, and it still arrives."""
-    order, second_asks = [], threading.Event()
+def second_breaks(transfers_of):
+    """Run paths of 7s, 99s and 8s on one rank: the second's message begins while the first's is under way.
 
-    class BreaksLater(Chunked):
+    transfers_of(transfers, breaks): the transfers of a message; those of the 99s raise. Returns what came, path by
+    path, and what was told.
+    """
+    second_asks = threading.Event()
+
+    class Breaks(Chunked):
         in_flight = 10
 
         def begin(self, kind, payload):
             received, transfers = super().begin(kind, payload)
 
             def started():
-                for wait in transfers:
-                    order.append("start")
-                    yield lambda wait=wait: (order.append("wait"), wait())
-                if payload[0] == 99:
-                    raise OSError("boom")
+                yield from transfers_of(transfers, payload[0] == 99)
                 assert second_asks.wait(10)
                 time.sleep(0.1)
 
@@ -678,13 +678,24 @@ def test_a_message_that_cannot_begin_is_not_blamed_on_the_path_before():
         rows = yield Message("all_gather", octets(number, number, number), last=True)
         return rows[:, 0].tolist()
 
-    def paths_of(rank):
-        return [(path(number), Clock()) for number in (7, 99, 8)]
+    outcomes, failed = pipelined(lambda rank: [(path(number), Clock()) for number in (7, 99, 8)], 1, Breaks)
+    return outcomes[0], failed
 
-    outcomes, failed = pipelined(paths_of, 1, BreaksLater)
+
+def test_a_message_that_cannot_begin_is_not_blamed_on_the_path_before():
+    """The first path's message is under way when the second's fails to begin, and it still arrives."""
+    order = []
+
+    def transfers_of(transfers, breaks):
+        for wait in transfers:
+            order.append("start")
+            yield lambda wait=wait: (order.append("wait"), wait())
+        if breaks:
+            raise OSError("boom")
+
+    (one, two, three), failed = second_breaks(transfers_of)
     assert order[:6] == ["start"] * 6, "the second message began while the first was under way"
     assert [(str(error), phase) for error, phase in failed] == [("boom", "exchange")]
-    one, two, three = outcomes[0]
     assert one == [7]
     assert "OSError: boom" in str(two)
     assert "PipelineFailed" in str(three)
@@ -692,42 +703,23 @@ def test_a_message_that_cannot_begin_is_not_blamed_on_the_path_before():
 
 def test_a_transport_that_breaks_names_the_message_that_broke_it():
     """Once a call has failed, no call follows: the path before cannot end, but the error is not taken for its own."""
-    second_asks = threading.Event()
+    calls = Calls("a library")
 
-    class Broken(Chunked):
-        in_flight = 10
+    def transfers_of(transfers, breaks):
+        for wait in transfers:
+            with calls.guarded():
+                if breaks:
+                    raise MemoryError("boom")
 
-        def __init__(self, inner):
-            super().__init__(inner)
-            self.calls = Calls("a library")
+            def guarded(wait=wait):
+                with calls.guarded():
+                    wait()
 
-        def begin(self, kind, payload):
-            received, transfers = super().begin(kind, payload)
+            yield guarded
 
-            def started():
-                for wait in transfers:
-                    with self.calls.guarded():
-                        if payload[0] == 99:
-                            raise MemoryError("boom")
-
-                    def guarded(wait=wait):
-                        with self.calls.guarded():
-                            wait()
-
-                    yield guarded
-                assert second_asks.wait(10)
-                time.sleep(0.1)
-
-            return received, started()
-
-    def path(number):
-        if number == 99:
-            second_asks.set()
-        yield Message("all_gather", octets(number, number, number), last=True)
-
-    outcomes, failed = pipelined(lambda rank: [(path(number), Clock()) for number in (7, 99, 8)], 1, Broken)
+    outcomes, failed = second_breaks(transfers_of)
     assert [(type(error), str(error), phase) for error, phase in failed] == [(MemoryError, "boom", "exchange")]
-    one, two, three = map(str, outcomes[0])
+    one, two, three = map(str, outcomes)
     assert "MemoryError: boom" in two
     assert "PipelineFailed: an earlier gradient reduction failed: boom" in one
     assert "PipelineFailed: an earlier gradient reduction failed: boom" in three

@@ -1,6 +1,5 @@
 """The time of a step, from what is computed, what is sent, and what joins the workers."""
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,24 +64,19 @@ def _stages(load: Load, world_size: int, fabric: Fabric, cost: Cost) -> list[lis
     """
     wires = [Stage(WIRE, fabric.seconds(call, world_size), fabric.busy(call), fabric.late(call)) for call in load.calls]
     wires.insert(0, Stage(WIRE, cost.waiting_s(load.elements) if load.elements else 0.0))
-    encode, add, decode = load.cost_s or (cost.seconds(load.elements) if load.elements else (0.0, 0.0, 0.0))
-    rows = load.rows or (False,)
-    first = len(wires) - len(rows) - sum(rows)
-    tail = [(call.kind, wire) for call, wire in zip(load.calls, wires[1:], strict=True)][first - 1 :] if first else []
-    if load.rows and sum(kind == "all_to_all" for kind, _ in tail) != sum(
-        rows
-    ):  # a byte coder's lengths are between the pieces
-        return _stages(load._replace(rows=()), world_size, fabric, cost)
-    ups = deque(wire for kind, wire in tail if kind == "all_to_all")
-    backs = deque(wires[-1:] if len(rows) == 1 else [wire for kind, wire in tail if kind != "all_to_all"])
-    pieces, share = [], 1 / len(rows)
-    for number, in_rows in enumerate(rows):
-        sent = [*(wires[:first] if number == 0 else []), *([ups.popleft()] if in_rows else [])]
-        back = [backs.popleft()]
-        pieces.append(
-            [Stage(ENCODE, encode * share), *sent, Stage(DECODE, add * share), *back, Stage(DECODE, decode * share)]
-        )
-    return pieces
+    first = len(wires) - len(load.rows) - sum(load.rows)
+    last = list(zip(load.calls, wires[1:], strict=True))[max(first - 1, 0) :]
+    ups = [wire for call, wire in last if call.kind == "all_to_all"]
+    backs = [wire for call, wire in last if call.kind != "all_to_all"]
+    if load.rows and len(ups) == sum(load.rows):
+        coming = iter(ups)
+        ways = [([next(coming)] if in_rows else [], [back]) for in_rows, back in zip(load.rows, backs, strict=True)]
+        ways[0] = wires[:first] + ways[0][0], ways[0][1]
+    else:  # not in pieces, or with the lengths of a byte coder between them
+        ways = [(wires[:-1], wires[-1:])]
+    costs = load.cost_s or (cost.seconds(load.elements) if load.elements else (0.0, 0.0, 0.0))
+    encode, add, decode = (seconds / len(ways) for seconds in costs)
+    return [[Stage(ENCODE, encode), *up, Stage(DECODE, add), *back, Stage(DECODE, decode)] for up, back in ways]
 
 
 def sent_bytes(loads: Sequence[Load], world_size: int) -> int:

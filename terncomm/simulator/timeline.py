@@ -124,7 +124,7 @@ def step_time(
         if work > 0:
             while later and later[0] <= computed:
                 later.popleft()
-            ends += [work / mine, *((ready_s - computed) / mine for ready_s in list(later)[:1])]
+            ends.append((min(work, later[0] - computed) if later else work) / mine)
         took = min(ends)
         for job, rate in zip(active, rates, strict=True):
             job.left = max(job.left - rate * took, 0.0)  # type: ignore[operator]
