@@ -101,6 +101,36 @@ def test_large_rows_go_one_after_the_other(on_ranks, world_size, over):
     assert all(on_ranks(world_size, large_rows, AT_ONCE + over))
 
 
+def two_threads(count):
+    """Large rows on this thread while another sends small ones beside them; each checks what arrives, in its order."""
+    transport = Metered(ProcessGroupTransport(dist.group.WORLD))
+    transport.inner.chunk = 50_000
+    rank, world_size, right = transport.rank, transport.world_size, []
+
+    def exchange(way, sizes):
+        for size in sizes:
+            wanted = torch.stack([payload(other, size) for other in range(world_size)])
+            right.append(torch.equal(way.all_gather(payload(rank, size)), wanted))
+            swapped = torch.stack([payload(other, size, world_size)[rank] for other in range(world_size)])
+            right.append(torch.equal(way.all_to_all(payload(rank, size, world_size)), swapped))
+
+    thread = threading.Thread(target=exchange, args=(transport.beside, range(count)))
+    time.sleep(0.05 * rank)  # so that the threads of the ranks come in different orders
+    thread.start()
+    exchange(transport, [AT_ONCE + each for each in range(count)] + [10] * count)
+    thread.join(20)
+    return right, transport.sent_bytes, transport.calls
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_another_thread_sends_beside(on_ranks, world_size):
+    for right, sent, calls in on_ranks(world_size, two_threads, 8):
+        assert right == [True] * (2 * 24)
+        small, large = sum(range(8)), sum(AT_ONCE + each for each in range(8)) + 80
+        assert sent == 2 * (world_size - 1) * (small + large)
+        assert calls == 2 * 24
+
+
 def adapted():
     transport = ProcessGroupTransport(dist.group.WORLD)
     transport.adapt()
@@ -120,17 +150,18 @@ def test_what_is_sent_at_once_is_chosen_alike(on_ranks):
     assert (at_once_for(1e-4, 1e6), at_once_for(0.025, 1e9)) == (2**13, 2**18)
 
 
-def closed_while_waiting(size):
+def closed_while_waiting(size, beside):
     """Rank 2 stays away; a thread of rank 0 and all of rank 1 wait; then rank 0 closes. The words of each error."""
     transport = ProcessGroupTransport(dist.new_group())
     transport.all_gather(payload(0, 10))
     transport.at_once, transport.chunk = 1000, 1000
     told, began = [], time.monotonic()
+    way = transport.beside if beside else transport
 
     def wait():
         for _ in range(2):
             try:
-                transport.all_gather(payload(transport.rank, size))
+                way.all_gather(payload(transport.rank, size))
             except RankFailed as error:
                 told.append(str(error))
         transport.close()
@@ -145,9 +176,9 @@ def closed_while_waiting(size):
     return told, time.monotonic() - began
 
 
-@pytest.mark.parametrize("size", [1, 100_000])
-def test_to_close_ends_what_other_threads_and_ranks_wait_for(on_ranks, size):
-    for told, seconds in on_ranks(3, closed_while_waiting, size):
+@pytest.mark.parametrize(("size", "beside"), [(1, False), (100_000, False), (100, True)])
+def test_to_close_ends_what_other_threads_and_ranks_wait_for(on_ranks, size, beside):
+    for told, seconds in on_ranks(3, closed_while_waiting, size, beside):
         assert len(told) == 2, told
         assert "broke off" in told[0]
         assert "closed" in told[1] or "an earlier exchange over the process group failed" in told[1]

@@ -1,5 +1,6 @@
 """Time and byte counters of a path: seconds per phase, and bytes sent per kind of part."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ class Clock:
 
     def __init__(self) -> None:
         self.encode_s = self.exchange_s = self.decode_s = 0.0
-        self.wire_s = 0.0  # seconds of the pipeline's wire thread; no other thread writes it
+        self.wire_s = 0.0  # seconds in which one or more wire threads of the pipeline were in a call
         self.phase = ""  # the current phase; after an error, the phase in which it was raised
         self._since = 0.0
+        self._lock = threading.Lock()
+        self._calls, self._called_at = 0, 0.0  # calls that wire threads are in, and when the first of them began
 
     @contextmanager
     def __call__(self, phase: str, bucket: int, part: str = "") -> Iterator[None]:
@@ -32,6 +35,21 @@ class Clock:
         with record_function(f"terncomm {part or phase}, bucket {bucket}"):
             yield
         self._enter(outer)
+
+    @contextmanager
+    def wire(self) -> Iterator[None]:
+        """Count the time of the `with` block. Of blocks that overlap, on several wire threads, it counts once."""
+        with self._lock:
+            self._calls += 1
+            if self._calls == 1:
+                self._called_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if self._calls == 0:
+                    self.wire_s += time.perf_counter() - self._called_at
 
     def _enter(self, phase: str) -> None:
         now = time.perf_counter()

@@ -1,35 +1,35 @@
 """The pipelined driver: runs many paths concurrently, and sends their messages in one fixed order.
 
-There are two threads. The compute thread resumes each path whose answer has arrived. The wire thread starts messages,
-keeps several transfers in flight, also from different messages, and waits for them.
+The compute thread resumes each path whose answer has arrived. A wire thread for each transport sends the messages, see
+:mod:`terncomm.path.sending`.
 
-The order of messages depends only on the paths: first all messages of a path, in the order in which it asks for them,
-then those of the path that was submitted next. So the order is the same on every rank, whichever path is ready first.
-No two ranks can wait for each other, and no messages are mispaired. Only computing runs ahead: a path whose turn to
-send has not come runs until it needs its first answer. After the last message of a path the next path may send at once;
-it does not wait for the answer.
+The order of the messages over a transport depends only on the paths: first all messages of a path, in the order in
+which it asks for them, then those of the path that was submitted next. So the order is the same on every rank,
+whichever path is ready first. No two ranks can wait for each other, and no messages are mispaired.
+
+The header of the next path need not wait for its turn. It goes over a transport of its own, if there is one (see
+:attr:`terncomm.transports.base.Transport.beside`). So ranks have agreed on the statistics of a bucket when the previous
+one has been sent. A path whose turn has not come runs up to its first other message, which is made but not sent. After
+the last message of a path the next path may send at once; it does not wait for the answer.
 
 No collective is ever issued from a `.then` callback. Callbacks run in completion order, which differs from rank to
 rank; collectives issued from them pair up wrongly, on gloo without any error.
 """
 
 import logging
-import queue
 import threading
-import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 
 from terncomm.path.account import Clock
-from terncomm.path.drivers import Transports, call
+from terncomm.path.drivers import Transports
 from terncomm.path.message import Message, Path, Start, WaitForTurn
-from terncomm.transports.base import Transport, Wait, overlaps
+from terncomm.path.sending import Ticket, Wire, WireFailed, ordinary
+from terncomm.transports.base import Transport, beside
 
 _log = logging.getLogger("terncomm")
 
@@ -51,17 +51,23 @@ class _Job:
         self.path, self.transports, self.clock, self.failing, self.bucket = path, transports, clock, failing, bucket
         self.threads = torch.get_num_threads()  # torch keeps this setting per thread
         self.outcome: torch.futures.Future[Any] = torch.futures.Future()
-        self.held: deque[_Ticket] = deque()  # messages that wait until it is this path's turn to send
-        self.wanted: _Ticket | None = None
-        self.sends = True  # more messages may follow
+        self.may_use = {id(each) for main in transports.values() for each in (main, beside(main)) if each is not None}
+        self.held: Ticket | None = None  # a message that waits until it is this path's turn to send
+        self.starts = False  # the path goes on as soon as the held message is sent
+        self.wanted: Ticket | None = None
         self.waits_for_turn = False
         self.ended = False
         self.error: Exception | None = None
         self.phase = ""  # in which the error came
         self.result: Any = None
 
+    @property
+    def sends(self) -> bool:
+        """Whether more messages may follow."""
+        return not self.ended and bool(self.may_use)
+
     def advance(self, answer: Any) -> None:
-        """Send `answer` into the path, and run it until it needs an answer that has not arrived."""
+        """Send `answer` into the path, and run it until it has made a message or needs an answer that has not come."""
         if self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)
         self.wanted = None
@@ -72,12 +78,9 @@ class _Job:
                     self.waits_for_turn = True
                     return
                 if isinstance(request, (Message, Start)):
-                    ticket = _Ticket(self, request.message if isinstance(request, Start) else request)
-                    self.held.append(ticket)
-                    if isinstance(request, Start):
-                        answer = ticket
-                        continue
-                    request = ticket
+                    self.starts = isinstance(request, Start)
+                    self.held = self._ticket(request.message if isinstance(request, Start) else request)
+                    return
                 if request.rows is None:
                     self.wanted = request
                     return
@@ -85,22 +88,59 @@ class _Job:
         except StopIteration as end:
             self.result = end.value
         except BaseException as error:  # SystemExit, too: if this thread ended, the futures would never complete
-            self.fail(_ordinary(error), self.clock.phase)
+            self.fail(ordinary(error), self.clock.phase)
             self.clock.phase = ""
         self.ended = True
 
+    def _ticket(self, message: Message) -> Ticket:
+        transport = self.transports[message.group]
+        if message.ahead:
+            transport = beside(transport) or transport
+        return Ticket(self, message, transport, self.clock, self.bucket)
+
+    def go_on(self, busy: set[int], wires: "_Wires") -> None:
+        """Send the messages whose turn has come. busy: ids of the transports that earlier paths may still use."""
+        while True:
+            if self.waits_for_turn:
+                self.waits_for_turn = False
+                self.advance(None)
+            elif (ticket := self.held) is None or id(ticket.transport) in busy:
+                return
+            else:
+                self.held = None
+                if ticket.message.last:
+                    self.may_use.clear()
+                elif ticket.transport is not self.transports[ticket.message.group]:
+                    self.may_use.discard(id(ticket.transport))
+                wires.send(ticket)
+                if self.starts:
+                    self.advance(ticket)
+                else:
+                    self.wanted = ticket
+
     def fail(self, error: Exception, phase: str) -> None:
         """Record an error; the future raises it when all earlier jobs have ended."""
-        self.error, self.phase, self.ended = error, phase, True
+        self.error, self.phase, self.ended, self.held = error, phase, True, None
         _abandon(self.path)
 
 
-class _Ticket:
-    """A message of a job, and the received rows, (W, k) uint8; None until they have arrived."""
+class _Wires:
+    """The wire of each transport; started with its first message."""
 
-    def __init__(self, job: _Job, message: Message) -> None:
-        self.job, self.message = job, message
-        self.rows: torch.Tensor | None = None
+    def __init__(self, inbox: "_Inbox") -> None:
+        self._inbox = inbox
+        self._wires: dict[int, tuple[Transport, Wire]] = {}  # by id of the transport
+
+    def send(self, ticket: Ticket) -> None:
+        """Queue a message on the wire of its transport."""
+        if id(ticket.transport) not in self._wires:
+            self._wires[id(ticket.transport)] = ticket.transport, Wire(self._inbox.put_answer)
+        self._wires[id(ticket.transport)][1].send(ticket)
+
+    def close(self) -> None:
+        """Let the threads end after they have started all queued messages."""
+        for _, wire in self._wires.values():
+            wire.close()
 
 
 class Pipeline:
@@ -158,7 +198,7 @@ class _Inbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._answers: deque[_Ticket | _WireFailed] = deque()
+        self._answers: deque[Ticket | WireFailed] = deque()
         self._jobs: deque[_Job] = deque()
         self._closed = False
 
@@ -168,7 +208,7 @@ class _Inbox:
             self._jobs.append(job)
             self._changed.notify()
 
-    def put_answer(self, answer: "_Ticket | _WireFailed") -> None:
+    def put_answer(self, answer: Ticket | WireFailed) -> None:
         """Add a message whose rows have arrived, or the error that ended the wire thread."""
         with self._changed:
             self._answers.append(answer)
@@ -180,7 +220,7 @@ class _Inbox:
             self._closed = True
             self._changed.notify()
 
-    def get(self) -> "_Ticket | _WireFailed | _Job | None":
+    def get(self) -> "Ticket | WireFailed | _Job | None":
         """Wait for the next item; None: the queue is closed and empty."""
         with self._changed:
             while not (self._answers or self._jobs or self._closed):
@@ -192,7 +232,7 @@ class _Inbox:
 
 def _compute(inbox: _Inbox) -> None:
     """The compute thread."""
-    wire = _Wire(inbox)
+    wires = _Wires(inbox)
     jobs: deque[_Job] = deque()  # jobs that have not completed, in order
     failed: BaseException | None = None
     while (item := inbox.get()) is not None:
@@ -201,44 +241,40 @@ def _compute(inbox: _Inbox) -> None:
                 _abandon(item.path)
                 item.outcome.set_result(_follow_up(failed))
         else:
-            if isinstance(item, _WireFailed):
+            if isinstance(item, WireFailed):
                 _blame(item, jobs)
             elif isinstance(item, _Job):
                 jobs.append(item)
                 item.advance(None)
-            elif item.job.wanted is item:
+            elif item.sender.wanted is item:
                 rows, item.rows = item.rows, None
-                item.job.advance(rows)
+                item.sender.advance(rows)
                 del rows
-            failed = _settle(jobs, wire)
+            failed = _settle(jobs, wires)
         del item  # else its tensors would be kept alive while `get` waits
-    wire.close()
+    wires.close()
 
 
-def _blame(failure: "_WireFailed", jobs: deque[_Job]) -> None:
+def _blame(failure: "WireFailed", jobs: deque[_Job]) -> None:
     """Fail the job whose message failed. It comes first: jobs before it that have not ended cannot end any more."""
-    job = failure.job if failure.job in jobs else jobs[0]
+    job = failure.sender if failure.sender in jobs else jobs[0]
     if job.error is None:
         job.fail(failure.error, "exchange")
     jobs.remove(job)
     jobs.appendleft(job)
 
 
-def _settle(jobs: deque[_Job], wire: "_Wire") -> BaseException | None:
+def _settle(jobs: deque[_Job], wires: _Wires) -> BaseException | None:
     """Send the messages whose turn has come, and complete finished jobs in order.
 
     Returns the error that ends the pipeline, or None.
     """
-    sending = 0  # number of earlier jobs that may still send
+    sending, busy = 0, set[int]()  # earlier jobs that may still send, and the transports that they may use
     for job in jobs:
-        if job.waits_for_turn:
-            job.waits_for_turn = False
-            job.advance(None)
-        while job.held and not sending:
-            ticket = job.held.popleft()
-            job.sends = not ticket.message.last
-            wire.send(ticket)
-        sending += job.sends and not job.ended
+        job.go_on(busy, wires)
+        if job.sends:
+            sending += 1
+            busy |= job.may_use
         if job.error is not None or sending > 1:
             break
     while jobs and jobs[0].ended:
@@ -246,7 +282,7 @@ def _settle(jobs: deque[_Job], wire: "_Wire") -> BaseException | None:
         if job.error is None:
             job.outcome.set_result(job.result)
             continue
-        wire.close()
+        wires.close()
         error, job.error = job.error, None
         failure = _told(job, error)
         for other in jobs:
@@ -272,132 +308,10 @@ def _told(job: _Job, error: Exception) -> Exception:
         return job.failing(error, job.phase)
     except BaseException as second:
         second.__cause__ = error
-        return _ordinary(second)
-
-
-def _ordinary(error: BaseException) -> Exception:
-    """Wrap an error in a RuntimeError if `except Exception` would not catch it."""
-    if isinstance(error, Exception):
-        return error
-    found = RuntimeError(f"{type(error).__name__}: {error}")
-    found.__cause__ = error
-    return found
+        return ordinary(second)
 
 
 def _follow_up(failed: BaseException) -> PipelineFailed:
     error = PipelineFailed(f"an earlier gradient reduction failed: {failed}")
     error.__cause__ = failed
     return error
-
-
-class _Wire:
-    """The wire thread, and the queue of messages that it sends."""
-
-    def __init__(self, inbox: _Inbox) -> None:
-        self._due: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
-        threading.Thread(target=_transmit, args=(self._due, inbox), name="terncomm-wire", daemon=True).start()
-
-    def send(self, ticket: _Ticket) -> None:
-        """Queue a message; messages are sent in this order."""
-        self._due.put(ticket)
-
-    def close(self) -> None:
-        """Let the thread end after it has started all queued messages."""
-        self._due.put(None)
-
-
-class _Transfer:
-    """A transfer in flight. The final one of a message has no `wait`, but the received rows."""
-
-    def __init__(self, wait: Wait | None, ticket: _Ticket, rows: torch.Tensor | None = None) -> None:
-        self.wait, self.ticket, self._rows = wait, ticket, rows
-
-    def finish(self, inbox: _Inbox) -> None:
-        """Wait for the transfer. If it is the final one of its message, pass the rows to the compute thread."""
-        if self.wait is not None:
-            try:
-                with _timed(self.ticket.job.clock):
-                    self.wait()
-            except BaseException as error:
-                raise _WireFailed(self.ticket.job, error) from error
-        if self._rows is not None:
-            self.ticket.rows = self._rows
-            inbox.put_answer(self.ticket)
-
-
-class _WireFailed(Exception):
-    """An error of the wire, and the job whose message it came in."""
-
-    def __init__(self, job: _Job, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.job, self.error = job, _ordinary(error)
-
-
-@contextmanager
-def _timed(clock: Clock) -> Iterator[None]:
-    """Count the time of the `with` block as exchange."""
-    began = time.perf_counter()
-    yield
-    clock.wire_s += time.perf_counter() - began
-
-
-def _transmit(due: "queue.SimpleQueue[_Ticket | None]", inbox: _Inbox) -> None:
-    """The wire thread: begin messages in their order, and wait for their transfers in the same order."""
-    flight: deque[_Transfer] = deque()
-    try:
-        while (ticket := _next(due, flight, inbox)) is not None:
-            try:
-                with record_function(f"terncomm {ticket.message.kind}, bucket {ticket.job.bucket}"):
-                    _begin(ticket, flight, inbox)
-            except _WireFailed:
-                raise
-            except BaseException as error:
-                raise _WireFailed(ticket.job, error) from error
-            del ticket
-    except _WireFailed as failed:
-        flight.clear()
-        inbox.put_answer(failed)
-
-
-def _begin(ticket: _Ticket, flight: deque[_Transfer], inbox: _Inbox) -> None:
-    """Start the transfers of a message, as many at a time as the transport wants under way."""
-    transport = ticket.job.transports[ticket.message.group]
-    most = transport.in_flight if overlaps(transport) else 0
-    while flight and not most:
-        flight.popleft().finish(inbox)
-    transfers = _transfers(ticket, transport)
-    while True:
-        try:
-            with _timed(ticket.job.clock):
-                transfer = next(transfers, None)
-        except BaseException:
-            with suppress(_WireFailed):  # earlier paths have sent all their messages, and end if the transport can
-                while flight and flight[0].ticket.job is not ticket.job:
-                    flight.popleft().finish(inbox)
-            raise
-        if transfer is None:
-            return
-        flight.append(transfer)
-        while transfer.wait is not None and len(flight) >= most:
-            flight.popleft().finish(inbox)
-
-
-def _transfers(ticket: _Ticket, transport: Transport) -> Iterator[_Transfer]:
-    """Each is started when it is asked for; the last is the answer."""
-    message = ticket.message
-    if overlaps(transport):
-        rows, waits = transport.begin(message.kind, message.payload)
-        yield from (_Transfer(wait, ticket) for wait in waits)
-    else:
-        rows = call(transport, message)
-    yield _Transfer(None, ticket, rows)
-
-
-def _next(due: "queue.SimpleQueue[_Ticket | None]", flight: deque[_Transfer], inbox: _Inbox) -> _Ticket | None:
-    """The next message to start. While there is none, wait for transfers in flight. None: the queue is closed."""
-    while flight:
-        try:
-            return due.get_nowait()
-        except queue.Empty:
-            flight.popleft().finish(inbox)
-    return due.get()

@@ -146,7 +146,7 @@ def agree(
             if inline:
                 part.pack(place)
     ctx.count("checks", PROLOGUE_NBYTES)
-    received = yield Message("all_gather", message, last=last and inline)
+    received = yield Message("all_gather", message, last=last and inline, ahead=True)
     with ctx.phase("exchange", "share"):
         differ = check(received, message, ctx.rank, unchecked)
         for part, place in zip(parts, _columns(received, widths), strict=True):

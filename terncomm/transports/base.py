@@ -69,6 +69,14 @@ class Overlapping(Transport, Protocol):
         """
 
 
+def beside(transport: Transport) -> Transport | None:
+    """A second transport over the same ranks, `transport.beside`, which another thread may use at the same time.
+
+    It is for small messages that need not wait for large ones. None: the transport has no other beside it.
+    """
+    return getattr(transport, "beside", None)
+
+
 def overlaps(transport: Transport) -> TypeGuard[Overlapping]:
     """Whether a transport has `begin`, so that a message can begin before earlier ones have completed."""
     return bool(getattr(transport, "overlaps", hasattr(transport, "begin")))

@@ -1,16 +1,17 @@
 """A transport that counts the bytes that another transport sends."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 
-from terncomm.transports.base import Kind, Transport, Wait, overlaps
+from terncomm.transports.base import Kind, Transport, Wait, beside, overlaps
 
 
 class Metered:
-    """Wraps a transport and counts, in `sent_bytes`, the payload bytes that this rank sends to other ranks.
+    """Wraps a transport and counts its messages and their bytes.
 
-    `calls` counts the messages. `overlaps` says whether the inner transport has `begin`.
+    `overlaps` says whether the inner transport has `begin`.
     """
 
     def __init__(self, inner: Transport) -> None:
@@ -18,8 +19,23 @@ class Metered:
         self.rank = inner.rank
         self.world_size = inner.world_size
         self.overlaps = overlaps(inner)
-        self.sent_bytes = 0
-        self.calls = 0
+        self._sent_bytes = self._calls = 0
+
+    @cached_property
+    def beside(self) -> "Metered | None":
+        """See :func:`terncomm.transports.base.beside`; its bytes are counted here, too."""
+        inner = beside(self.inner)
+        return None if inner is None else Metered(inner)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload bytes that this rank has sent to other ranks."""
+        return self._sent_bytes + (self.beside.sent_bytes if self.beside else 0)
+
+    @property
+    def calls(self) -> int:
+        """Messages sent."""
+        return self._calls + (self.beside.calls if self.beside else 0)
 
     @property
     def chunk(self) -> int | None:
@@ -27,8 +43,8 @@ class Metered:
         return getattr(self.inner, "chunk", None)
 
     def _count(self, nbytes: int) -> None:
-        self.sent_bytes += (self.world_size - 1) * nbytes
-        self.calls += 1
+        self._sent_bytes += (self.world_size - 1) * nbytes
+        self._calls += 1
 
     @property
     def in_flight(self) -> int:

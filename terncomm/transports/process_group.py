@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ CHUNK = 5 << 19  # bytes of a larger row that one transfer sends, until the link
 _LEAST_CHUNK, _MOST_CHUNK = 1 << 14, 1 << 24
 _CHUNK_S = 4e-3  # least transmission time of a chunk; shorter ones cost more in calls than they gain by overlap
 _IN_FLIGHT = 8  # two fill the link of an idle machine; eight fill it while encoding competes for the cores
+_ROUNDS = 2  # of chunks to every other rank in flight at least: a late rank must not stop the transfers to the others
 _PROBE = 1 << 20  # bytes that each rank sends to measure the rate
-_TAG = 0  # of every chunk: all ranks exchange chunks in the same order, so one tag is enough
+_TAG, _TAG_BESIDE = 0, 1  # of every chunk: all ranks exchange them in the same order, so one tag is enough
 _CANCEL_TAG = 1 << 30  # no message has this tag or a higher one
 
 
@@ -44,8 +45,6 @@ class ProcessGroupTransport:
             earlier call failed or was interrupted.
     """
 
-    in_flight = _IN_FLIGHT
-
     def __init__(self, group: Any) -> None:
         self._group = group
         self._calls = Calls("the process group", (RuntimeError,))
@@ -53,6 +52,18 @@ class ProcessGroupTransport:
         self.chunk = CHUNK
         self.rank: int = group.rank()
         self.world_size: int = group.size()
+        self.in_flight = max(_IN_FLIGHT, _ROUNDS * (self.world_size - 1))
+
+    @cached_property
+    def beside(self) -> "_Beside | None":
+        """See :func:`terncomm.transports.base.beside`. None: not gloo, which alone can send under a second tag."""
+        if self._group is None or self.world_size == 1:
+            return None
+        try:
+            name = backend_for(self._group, torch.device("cpu")).name()
+        except RuntimeError:  # the group has no backend for the CPU
+            return None
+        return _Beside(self) if name == "gloo" else None
 
     def close(self) -> None:
         """Close the connections of the group and release it. Nobody can use the group afterwards.
@@ -101,7 +112,7 @@ class ProcessGroupTransport:
         mine, backend = self._readable(payload)
         received = mine.new_empty(self.world_size, mine.shape[-1])
         if backend.name() == "gloo" and goes_in_steps(self.world_size, mine.shape[-1], self.at_once):
-            transfers = self._chunks(mine.expand(self.world_size, -1), received, backend)
+            transfers = self._chunks(mine.expand(self.world_size, -1), received, backend, self.chunk, _TAG)
         else:
             transfers = self._collective(kind, mine, received, backend)
         return copied_to(received, transfers, payload.device)
@@ -115,18 +126,26 @@ class ProcessGroupTransport:
                 work = backend.alltoall_base(received.view(-1), rows, [], [])
         yield partial(self._wait, work)
 
-    def _chunks(self, rows: torch.Tensor, received: torch.Tensor, backend: Any) -> Iterator[Wait]:
+    def begin_beside(self, payload: torch.Tensor) -> tuple[torch.Tensor, Iterator[Wait]]:
+        """As `begin`, but every row is sent at once, under a tag of its own; gloo only."""
+        mine, backend = self._readable(payload)
+        received = mine.new_empty(self.world_size, mine.shape[-1])
+        rows = mine.expand(self.world_size, -1)
+        transfers = self._chunks(rows, received, backend, max(mine.shape[-1], 1), _TAG_BESIDE)
+        return copied_to(received, transfers, payload.device)
+
+    def _chunks(self, rows: torch.Tensor, received: torch.Tensor, backend: Any, most: int, tag: int) -> Iterator[Wait]:
         rank, world_size, nbytes = self.rank, self.world_size, rows.shape[1]
         received[rank] = rows[rank]
-        count = -(-nbytes // self.chunk)
+        count = -(-nbytes // most)
         for chunk in range(count):
             begin, end = nbytes * chunk // count, nbytes * (chunk + 1) // count
             for step in range(1, world_size):
                 after, before = (rank + step) % world_size, (rank - step) % world_size
                 with self._calls.guarded():
                     # The receive is posted first, so both directions flow at once. Gloo's all-to-all halves the rate.
-                    coming = backend.recv([received[before, begin:end]], before, _TAG)
-                    going = backend.send([rows[after, begin:end]], after, _TAG)
+                    coming = backend.recv([received[before, begin:end]], before, tag)
+                    going = backend.send([rows[after, begin:end]], after, tag)
                 yield partial(self._wait, going, coming)
 
     def _wait(self, *works: Any) -> None:
@@ -143,6 +162,29 @@ class ProcessGroupTransport:
         if payload.is_cuda and backend.name() != "nccl":
             payload = payload.cpu()
         return payload.contiguous(), backend
+
+
+class _Beside:
+    """A transport over the connections of another one, which another thread may use at the same time."""
+
+    def __init__(self, main: ProcessGroupTransport) -> None:
+        self._main = main
+        self.rank, self.world_size = main.rank, main.world_size
+        self.in_flight = max(main.world_size - 1, 1)
+
+    def begin(self, kind: Kind, payload: torch.Tensor) -> tuple[torch.Tensor, Iterator[Wait]]:
+        """See :class:`terncomm.transports.base.Overlapping`."""
+        if payload.numel() == 0:
+            return nothing_to_send(kind, payload, self.world_size)
+        return self._main.begin_beside(payload)
+
+    def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
+        """See :class:`terncomm.transports.base.Transport`."""
+        return begin_and_wait(self, "all_gather", payload)
+
+    def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
+        """See :class:`terncomm.transports.base.Transport`."""
+        return begin_and_wait(self, "all_to_all", rows)
 
 
 def _close_connections(backend: Any) -> None:
