@@ -26,7 +26,8 @@ from terncomm.hooks.loop import GradientAverager
 from terncomm.hooks.overlap import Overlap
 from terncomm.transports.horovod import HorovodTransport, horovod_torch
 
-_STEP = "terncomm_step"  # key in the first parameter group, which checkpoints and Horovod's broadcasts contain
+# Keys in the first parameter group, which checkpoints and Horovod's broadcasts contain.
+_STEP, _ENABLED = "terncomm_step", "terncomm_enabled"
 
 
 def DistributedOptimizer(
@@ -269,11 +270,21 @@ def _kind(base: Any, module: str) -> Any:
             """
             raise RuntimeError("add parameter groups before DistributedOptimizer: these would not be averaged")
 
+        def state_dict(self) -> Any:
+            """The state of the optimizer. Its first parameter group tells the step, and whether codecs are enabled."""
+            if self.averager is not None:
+                self.param_groups[0][_ENABLED] = self.averager.enabled
+            return super().state_dict()
+
         def load_state_dict(self, state_dict: Any) -> None:
             """Load the state of the optimizer; the rounding noise continues after the saved step."""
             self._refuse_under_way("load_state_dict()")
             super().load_state_dict(state_dict)
             self.param_groups[0].setdefault(_STEP, -1)  # if it was saved without terncomm
+            if self.averager is not None and not self.param_groups[0].get(_ENABLED, self.averager.enabled):
+                self.averager.disable()
+            elif self.averager is not None:
+                self.averager.enable()
             self._synchronized = False
 
     Distributed.__name__ = Distributed.__qualname__ = base.__name__

@@ -135,6 +135,14 @@ def comm_hook_of(ddp: nn.parallel.DistributedDataParallel) -> Any:
     return hooks[0][0] if hooks else None
 
 
+def backward_pass() -> int:
+    """Number of the backward pass that runs on this thread, -1 if none: `torch._C._current_graph_task_id`, 2.6 to 2.13.
+
+    Inside a reentrant activation checkpoint it is that of the nested pass.
+    """
+    return int(_read(torch._C, "_C", "_current_graph_task_id", "to tell one backward pass from the next")())
+
+
 def uses_python_reducer(ddp: nn.parallel.DistributedDataParallel) -> bool:
     """Whether torch.compile reduces the gradients instead of DDP's buckets: `_use_python_reducer`, 2.6 to 2.13.
 

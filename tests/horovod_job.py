@@ -225,6 +225,13 @@ def resumed():
     last.step()
     assert all(torch.equal(a, b) for a, b in zip(wanted, gradients(third), strict=True))
     assert last.state_dict()["param_groups"][0]["terncomm_step"] == 1
+    last.averager.disable()
+    off = json.loads(json.dumps(last.state_dict()))
+    last.averager.enable()
+    last.load_state_dict(off)
+    assert not last.averager.enabled
+    last.averager.enable()
+    assert last.state_dict()["param_groups"][0]["terncomm_enabled"]
 
 
 def refused():

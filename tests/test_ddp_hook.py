@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from itertools import combinations
 from unittest import mock
 
 import numpy as np
@@ -448,6 +449,37 @@ def branching():
     return told
 
 
+class Two(nn.Module):
+    """Two layers, of which a forward pass uses one or both, and one that none uses: else DDP gives a warning."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.never = nn.Linear(1, 1, bias=False)
+
+    def forward(self, inputs, which):
+        return sum((inputs @ getattr(self, name).weight.T for name in which), inputs)
+
+
+def skipped_buckets(which):
+    """Steps with one and the same gradient, which use the layers `which[step]` and skip the buckets of the others."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(
+        Two(), find_unused_parameters=True, skip_all_reduce_unused_params=True, bucket_cap_mb=MANY
+    )
+    state = terncomm.register(model, "terngrad", exempt=(), warmup_steps=1)
+    inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    steps, coded, seen = [], [], []
+    for used in which:
+        model.zero_grad(set_to_none=True)
+        state.reset_stats()
+        model(inputs, used).square().mean().backward()
+        steps.append(state.step)
+        coded.append(state.stats()["coded_numel"])
+        seen.append({name: getattr(model.module, name).weight.grad.clone() for name in used})
+    return steps, coded, seen
+
+
 def sub_group():
     """Ranks 0 and 1 train; rank 2 only joins in making a group of all three."""
     rank = dist.get_rank()
@@ -626,6 +658,25 @@ def test_parameters_that_some_or_all_ranks_do_not_use(on_ranks):
     assert unused[0][4:6] == [True, True]
     assert not any(unused[1])
     assert unused[2][2:4] == [True, True]
+
+
+BOTH, FIRST, SECOND = ("first", "second"), ("first",), ("second",)
+
+
+@pytest.mark.parametrize(
+    "which",
+    [[FIRST] * 5, [SECOND] * 5, [BOTH, FIRST, BOTH, SECOND, BOTH, FIRST, FIRST], [SECOND, SECOND, FIRST, BOTH]],
+    ids=["the first alone", "the second alone", "both or one", "the second, then both"],
+)
+def test_a_step_begins_with_whichever_bucket_comes_first(on_ranks, which):
+    """Warm-up ends after one step, and every step rounds anew, also where DDP skips the buckets of unused layers."""
+    for steps, coded, seen in on_ranks(2, skipped_buckets, which):
+        assert steps == list(range(len(which)))
+        assert coded == [64 * 64 * len(used) * (step > 0) for step, used in enumerate(which)]
+        for name in ("first", "second"):
+            found = [grads[name] for step, grads in enumerate(seen) if step and name in grads]
+            same = [torch.equal(one, other) for one, other in combinations(found, 2)]
+            assert not any(same), "the same rounding in two steps"
 
 
 def test_sub_group_and_a_later_group_of_all(on_ranks):
@@ -906,7 +957,7 @@ def test_a_registered_model_can_be_copied(on_ranks):
     for same, seed, saved in on_ranks(2, copied):
         assert same
         assert seed == 3
-        assert saved == {"step": 1, "seed": 3}
+        assert saved == {"step": 1, "seed": 3, "enabled": True}
 
 
 def test_advice_that_is_made_an_error_stops_no_rank(on_ranks):
@@ -973,13 +1024,25 @@ def test_options_that_cannot_be(options, error, words):
 
 def test_saved_state_of_another_seed_or_none():
     state = CommState(seed=3)
-    assert json.loads(json.dumps(state.state_dict())) == {"step": -1, "seed": 3}
+    assert json.loads(json.dumps(state.state_dict())) == {"step": -1, "seed": 3, "enabled": True}
     with pytest.raises(ValueError, match="the checkpoint has seed 4, this state 3"):
         state.load_state_dict({"step": 9, "seed": 4})
     with pytest.raises(ValueError, match="lacks seed"):
         state.load_state_dict({"step": 9})
     state.load_state_dict({"step": 9, "seed": 3})
     assert state.state_dict()["step"] == 9
+
+
+def test_what_is_switched_off_is_off_after_a_resume():
+    state, resumed = CommState(), CommState()
+    state.disable()
+    resumed.load_state_dict(state.state_dict())
+    assert not resumed.compresses_at(99)
+    resumed.load_state_dict({"step": 9, "seed": 0})  # of a checkpoint that does not say
+    assert not resumed.compresses_at(99)
+    state.enable()
+    resumed.load_state_dict(state.state_dict())
+    assert resumed.compresses_at(99)
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------

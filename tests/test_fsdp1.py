@@ -229,7 +229,7 @@ def resumed():
     c.load_state_dict(b.state_dict())
     for step in range(2, 4):
         backward(second, step)
-    assert a.state_dict() == c.state_dict() == {"step": 3, "seed": 0, "steps": [3, 3, 3]}
+    assert a.state_dict() == c.state_dict() == {"step": 3, "seed": 0, "enabled": True, "steps": [3, 3, 3]}
     wanted = whole(long)
     for name, gradient in whole(second).items():
         assert torch.equal(gradient, wanted[name]), name

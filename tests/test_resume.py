@@ -46,7 +46,7 @@ def train(codec, directory, killed=None, cap=0.02):
             parts = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": state.state_dict()}
             torch.save({"step": step + 1, **parts}, path)
     torch.save((torch.cat([p.detach().flatten() for p in network.parameters()]), losses), directory / f"end-{rank}.pt")
-    assert state.state_dict() == {"step": STEPS - 1, "seed": 3}
+    assert state.state_dict() == {"step": STEPS - 1, "seed": 3, "enabled": True}
 
 
 def ends(directory, world_size):

@@ -120,6 +120,12 @@ def register(
             f"this DDP model already has a communication hook, {named}, and DDP accepts only one. Construct a new "
             "DistributedDataParallel; or switch a terncomm hook off and on with state.disable() and state.enable()."
         )
+    skips_buckets = getattr(ddp, "skip_all_reduce_unused_params", False)
+    if stages and skips_buckets:
+        raise TypeError(
+            "stages= does not go with DistributedDataParallel(skip_all_reduce_unused_params=True), which may skip the "
+            "last bucket of a step: their state is kept only when a step has ended"
+        )
     if uses_python_reducer(ddp):
         raise RuntimeError(_PYTHON_REDUCER)
     state: CommState | None = None
@@ -155,6 +161,7 @@ def register(
     if node:
         assert connection is not None
         state.connect(connection.transport, connection, connect_nodes(connection, node, device))
+    state.skips_buckets = skips_buckets
     ddp.register_comm_hook(state, comm_hook)
     if state.rank == 0:
         _log.info("%s", state.summary())

@@ -148,6 +148,11 @@ class GradientReducer:
         """Start counting from zero."""
         self.statistics.reset()
 
+    @property
+    def enabled(self) -> bool:
+        """Whether gradients are compressed from the next step on: what :meth:`disable` and :meth:`enable` switch."""
+        return self._enabled_next
+
     def disable(self) -> None:
         """From the next step on, average all gradients uncompressed. Call on every rank."""
         self._enabled_next = False
@@ -157,12 +162,13 @@ class GradientReducer:
         self._enabled_next = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint: the integers "step" and "seed". The rounding noise has no other state.
+        """The state for a checkpoint: the integers "step" and "seed", and "enabled", False after :meth:`disable`.
 
-        With stages also "stages": their state, by parameter name. It differs between ranks, so each rank saves its own.
+        The rounding noise has no other state. With stages also "stages": their state, by parameter name. It differs
+        between ranks, so each rank saves its own.
         """
         self.check_arrived()
-        kept: dict[str, Any] = {"step": self._step, "seed": self.seed}
+        kept: dict[str, Any] = {"step": self._step, "seed": self.seed, "enabled": self._enabled_next}
         if self._staging.stages:
             kept["stages"] = self._staging.state_dict(*self._place, self.layers.name)
         return kept
@@ -186,6 +192,7 @@ class GradientReducer:
         if self._staging.stages and "stages" in saved:
             self._staging.load_state_dict(saved["stages"], *self._place, self.layers.number_of)
         self._step = int(saved["step"])
+        self._enabled_next = bool(saved.get("enabled", self._enabled_next))
 
     @property
     def _place(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from terncomm.hooks.reducer import GradientReducer
 from terncomm.hooks.stream import SideStream
 from terncomm.path.message import Path
 from terncomm.path.pipeline import Pipeline
-from terncomm.torch_internals import default_group
+from terncomm.torch_internals import backward_pass, default_group
 from terncomm.transports import Metered, Transport
 
 
@@ -39,7 +39,16 @@ class CommState(GradientReducer):
         rounding noise then depends on DDP's buckets. With a single rank nothing is compressed: gradients do not change.
     """
 
-    PROCESS_LOCAL = (*GradientReducer.PROCESS_LOCAL, "_group", "_given", "_pipeline", "_side_stream")
+    PROCESS_LOCAL = (
+        *GradientReducer.PROCESS_LOCAL,
+        "_group",
+        "_given",
+        "_pipeline",
+        "_side_stream",
+        "_index",
+        "_ended",
+        "_pass",
+    )
 
     def __init__(
         self,
@@ -51,12 +60,14 @@ class CommState(GradientReducer):
         **options: Any,
     ) -> None:
         self._group, self._given, self._had_transport = process_group, transport, transport is not None
+        self.skips_buckets = False  # whether DDP has skip_all_reduce_unused_params
         super().__init__(Options(codec=codec, **options), named_parameters or ())
 
     def _detach(self) -> None:
         super()._detach()
         self._pipeline = Pipeline()
         self._side_stream = SideStream()
+        self._ended, self._index, self._pass = True, 0, -1  # of the last bucket that came; see _begins_step
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self._group, self._given = None, None  # a copy uses the default group
@@ -71,7 +82,7 @@ class CommState(GradientReducer):
         buffer, index = bucket.buffer(), bucket.index()
         if self.transport is None:
             self._connect_late(buffer.device)
-        if index == 0:
+        if self._begins_step(bucket):
             self.begin_step()
         where = f"bucket {index} of step {self._step}"
         try:
@@ -85,6 +96,13 @@ class CommState(GradientReducer):
         if buffer.is_cuda:
             return self._side_stream.submit(lambda: self.run_reporting(path, index, where), buffer.device)
         return self._pipeline.submit(path, self.transports, self.clock, failing, index)
+
+    def _begins_step(self, bucket: GradBucket) -> bool:
+        """Whether this is the first bucket of a step. DDP may skip any bucket, also the first and the last."""
+        index, number = bucket.index(), backward_pass() if self.skips_buckets else -1
+        begins = self._ended or index <= self._index or number != self._pass
+        self._index, self._ended, self._pass = index, bucket.is_last(), number
+        return begins
 
     def meet(self, device: torch.device, configuration: dict[str, Any]) -> Connection | None:
         """Connect to the other ranks, and compare configurations.
