@@ -13,6 +13,8 @@ constants 0x21f0aaad, 0x735a2d97). The second sequence is added again between th
 """
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -45,6 +47,17 @@ def _mix_tensor(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift(x, 31)
 
 
+def integer(name: str, value: Any) -> int:
+    """`value` as an int, also if it is an integer of NumPy.
+
+    Raises:
+        TypeError: it is no integer; `name` says in the message what it is for.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class Key:
     """Identifies one reduction: the seed and step of its rounding noise, and its bucket.
@@ -64,9 +77,8 @@ class Key:
 
     def __post_init__(self) -> None:
         for name in ("seed", "step", "bucket"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
+            value = integer(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not -(2**63) <= value < 2**63:
                 raise ValueError(f"{name} must fit in 64 bits, got {value}")
 

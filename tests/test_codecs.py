@@ -160,7 +160,7 @@ def test_codec_names():
         (lambda: Ternary(clip=True), TypeError, "clip must be a number"),
         (lambda: Ternary(2.5), TypeError, "positional"),
         (lambda: Int8(block=0), ValueError, "block must be at least 1"),
-        (lambda: Int8(block=2.0), TypeError, "block must be a number of elements"),
+        (lambda: Int8(block=2.0), TypeError, "block, if it is not None, must be an int, got 2.0"),
         (lambda: Int8(returned="fp16"), ValueError, "returned must be"),
     ],
 )

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import terncomm
 from terncomm import CommState, Int8, Ternary, ops
 from terncomm.codecs import codec_for
+from terncomm.hooks.agreement import differences
 from terncomm.keys import Key
 from terncomm.layers import structural
 from terncomm.reduce import all_reduce_mean
@@ -934,6 +935,45 @@ def test_ranks_configured_differently(on_ranks, field, here, there):
         assert kind == "ConfigurationsDiffer"
         assert f"{field}: {here}; {there}" in text
         assert seconds < 10
+
+
+EQUAL = [
+    ({"codec": Ternary(clip=2)}, {"codec": Ternary(clip=2.0)}),
+    ({"codec": Ternary(clip=2.5)}, {"codec": Ternary(clip=np.float64(2.5))}),
+    ({"codec": Ternary(clip=2.5)}, {"codec": Ternary(clip=np.float32(2.5))}),
+    ({"codec": Int8(block=512)}, {"codec": Int8(block=np.int64(512))}),
+    ({"codec": "terngrad"}, {"codec": {"default": Ternary()}}),
+    ({"seed": 7, "warmup_steps": 3, "min_numel": 9}, {name: np.int32(n) for name, n in zip(
+        ("seed", "warmup_steps", "min_numel"), (7, 3, 9), strict=True)}),
+    ({"exempt": ("head", "embedding")}, {"exempt": ["embedding", "head", "head"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("here", "there"), EQUAL, ids=str)
+def test_equal_options_are_equal_in_words(here, there):
+    one, other = CommState(**here), CommState(**there)
+    assert json.dumps(one.configuration()) == json.dumps(other.configuration())
+    assert repr(one.codec) == repr(other.codec)
+
+
+def test_of_long_options_only_what_differs_is_told():
+    names = [f"encoder.layers.{number}.self_attn.in_proj_weight" for number in range(300)]
+    without = [name for name in names if name not in names[17:19]]
+    (line,) = differences([{"coded": names}, {"coded": without}, {"coded": names}])
+    assert line == (
+        "coded: encoder.layers.17.self_attn.in_proj_weight, encoder.layers.18.self_attn.in_proj_weight beside 298 in "
+        "common on rank 0, 2; nothing beside 298 in common on rank 1"
+    )
+    (line,) = differences([{"coded": names}, {"coded": names[:3]}])
+    first = ", ".join(names[3:8])
+    assert line == f"coded: {first} and 292 more beside 3 in common on rank 0; nothing beside 3 in common on rank 1"
+    (line,) = differences([{"coded": names}, {"coded": [*names[:2], *reversed(names[2:])]}])
+    assert line == f"coded: {names[2]} at place 2 on rank 0; {names[299]} at place 2 on rank 1"
+    (line,) = differences([{"codec": "x" * 1000 + "a" + "y" * 1000}, {"codec": "x" * 1000 + "b" + "y" * 1000}])
+    assert "xay" in line
+    assert "xby" in line
+    assert len(line) < 500
+    assert differences([{"coded": names}] * 2) == []
 
 
 def test_options_refused_on_one_rank(on_ranks):

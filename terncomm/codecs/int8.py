@@ -6,6 +6,7 @@ import torch
 
 from terncomm import ops
 from terncomm.codecs.base import Local, UniformCodec
+from terncomm.keys import integer
 from terncomm.segments import Segments
 from terncomm.wire import Narrow
 
@@ -44,10 +45,10 @@ class Int8(UniformCodec):
 
     def __post_init__(self) -> None:
         if self.block is not None:
-            if isinstance(self.block, bool) or not isinstance(self.block, int):
-                raise TypeError(f"block must be a number of elements or None, got {self.block!r}")
-            if self.block < 1:
-                raise ValueError(f"block must be at least 1, or None for one scale per layer, got {self.block}")
+            block = integer("block, if it is not None,", self.block)
+            if block < 1:
+                raise ValueError(f"block must be at least 1, or None for one scale per layer, got {block}")
+            object.__setattr__(self, "block", block)
         if self.returned not in ("int8", "exact"):
             raise ValueError(f"returned must be 'int8' or 'exact', got {self.returned!r}")
 

@@ -1,6 +1,8 @@
 """TernGrad: ternary gradients."""
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 
@@ -48,12 +50,14 @@ class Ternary(UniformCodec):
     def __post_init__(self) -> None:
         if self.returned not in ("exact", "int4"):
             raise ValueError(f"returned must be 'exact' or 'int4', got {self.returned!r}")
-        if self.clip is None:
+        clip: Any = self.clip
+        if clip is None:
             return
-        if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)):
-            raise TypeError(f"clip must be a number of standard deviations or None, got {self.clip!r}")
-        if not 0 < self.clip < float("inf"):
-            raise ValueError(f"clip must be positive and finite, or None for no clipping, got {self.clip}")
+        if isinstance(clip, bool) or not isinstance(clip, Real):
+            raise TypeError(f"clip must be a number of standard deviations or None, got {clip!r}")
+        if not 0 < (number := float(clip)) < float("inf"):
+            raise ValueError(f"clip must be positive and finite, or None for no clipping, got {clip}")
+        object.__setattr__(self, "clip", number)  # so that 2 and 2.0 are equal in words, too
 
     def __repr__(self) -> str:
         returned = "" if self.returned == "exact" else f", returned={self.returned!r}"

@@ -1,6 +1,7 @@
 """Compares the configurations of all ranks, once, before the first bucket."""
 
 import json
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ import torch
 from terncomm.path.drivers import blocking
 from terncomm.path.reduce import all_gather_number
 from terncomm.transports.base import Transport
+
+_LONG = 200  # characters of a value that is told whole
+_NAMES = 5  # of a list that are told at most
 
 
 class ConfigurationsDiffer(RuntimeError):
@@ -42,14 +46,52 @@ def agree_on(configuration: dict[str, Any], transport: Transport, *, device: tor
         raise ConfigurationsDiffer(
             "; ".join(f"rank {rank} refused its options: {why}" for rank, why in refused.items())
         )
+    raise ConfigurationsDiffer(
+        f"ranks are configured differently. {' | '.join(differences(configurations))}. All ranks need the same "
+        "arguments, model and version"
+    )
+
+
+def differences(configurations: list[dict[str, Any]]) -> list[str]:
+    """The fields in which configurations differ, with what each rank has. Of long values only what differs.
+
+    >>> differences([{"seed": 1, "exchange": "auto"}, {"seed": 2, "exchange": "auto"}])
+    ['seed: 1 on rank 0; 2 on rank 1']
+    """
     lines = []
     for field in sorted({field for one in configurations for field in one}):
+        values = [one.get(field) for one in configurations]
         ranks: dict[str, list[int]] = {}
-        for rank, one in enumerate(configurations):
-            ranks.setdefault(str(one.get(field)), []).append(rank)
+        for rank, told in enumerate(_told(values)):
+            ranks.setdefault(told, []).append(rank)
         if len(ranks) > 1:
-            sides = "; ".join(f"{value} on rank {', '.join(map(str, those))}" for value, those in ranks.items())
+            sides = "; ".join(f"{told} on rank {', '.join(map(str, those))}" for told, those in ranks.items())
             lines.append(f"{field}: {sides}")
-    raise ConfigurationsDiffer(
-        f"ranks are configured differently. {' | '.join(lines)}. All ranks need the same arguments, model and version"
-    )
+    return lines
+
+
+def _told(values: list[Any]) -> list[str]:
+    """Each value in words: whole if all are short; of longer lists, what not all have in common."""
+    whole = [str(value) for value in values]
+    if max(map(len, whole)) <= _LONG or len(set(whole)) == 1:
+        return whole
+    if not all(isinstance(value, list) for value in values):
+        return [_shortened(text, whole) for text in whole]
+    common = set.intersection(*(set(map(str, value)) for value in values))
+    told = []
+    for value in values:
+        own = [str(each) for each in value if str(each) not in common]
+        more = f" and {len(own) - _NAMES} more" if len(own) > _NAMES else ""
+        told.append(f"{', '.join(own[:_NAMES]) or 'nothing'}{more} beside {len(common)} in common")
+    if len(set(told)) == 1:  # another order, or some several times
+        place = next(place for place, each in enumerate(zip_longest(*values)) if len(set(map(str, each))) > 1)
+        told = [f"{value[place] if place < len(value) else 'nothing'} at place {place}" for value in values]
+    return told
+
+
+def _shortened(text: str, others: list[str]) -> str:
+    """A part of `text` around the first character in which it differs from `others`."""
+    same = next((place for place, each in enumerate(zip_longest(*others)) if len(set(each)) > 1), 0)
+    begin = max(same - _LONG // 4, 0)
+    before, after = "..." if begin else "", "..." if len(text) > begin + _LONG else ""
+    return before + text[begin : begin + _LONG] + after

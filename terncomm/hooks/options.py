@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from terncomm.codecs import CodecLike, Rules
-from terncomm.keys import Key
+from terncomm.keys import Key, integer
 from terncomm.layers import GROUPS
 from terncomm.path.bucket import check_exchange
 from terncomm.path.stages import Stage, Staging
@@ -52,13 +52,12 @@ class Options:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", Rules.of(self.codec))
         for name in ("min_numel", "warmup_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
+            value = integer(name, getattr(self, name))
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+            object.__setattr__(self, name, value)  # one way to write each value: ranks compare them in words
         check_exchange(self.exchange)
-        Key(self.seed)
+        object.__setattr__(self, "seed", Key(self.seed).seed)
         Staging(self.stages)
 
     def compared(self) -> dict[str, Any]:

@@ -211,8 +211,8 @@ class GradientReducer:
         return {
             "terncomm version": __version__,
             **self.options.compared(),
-            "skip": sorted(self.layers.skip),
-            "exempt": sorted(self.layers.exempt),
+            "skip": sorted(set(self.layers.skip)),
+            "exempt": sorted(set(self.layers.exempt)),
             "coded parameters": self.layers.coded_names,
         }
 
