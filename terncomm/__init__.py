@@ -1,5 +1,8 @@
 """Compressed gradient communication for distributed training: TernGrad and 8-bit quantization as DDP hooks."""
 
+import importlib
+from typing import Any
+
 from terncomm.codecs import Codec, Int8, Ternary
 from terncomm.hooks import CommState, GradientAverager, comm_hook, reduce_gradients, register
 from terncomm.version import __version__
@@ -17,3 +20,11 @@ __all__ = [
     "reduce_gradients",
     "register",
 ]
+
+_ON_FIRST_USE = ("horovod", "lightning", "reduce", "simulator", "transformers")  # some import what not all users have
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"terncomm.{name}")
+    raise AttributeError(f"module 'terncomm' has no attribute {name!r}")

@@ -31,7 +31,7 @@ from terncomm.keys import Key
 from terncomm.layers import structural
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
-from terncomm.transports import LocalTransport
+from terncomm.transports import LocalTransport, Metered
 
 SEED = 5
 MANY, ONE = 0.005, 25.0  # bucket_cap_mb: about a layer per bucket, or one bucket
@@ -1071,6 +1071,15 @@ def test_saved_state_of_another_seed_or_none():
         state.load_state_dict({"step": 9})
     state.load_state_dict({"step": 9, "seed": 3})
     assert state.state_dict()["step"] == 9
+
+
+def test_a_state_says_what_it_is():
+    state = CommState("int8")
+    assert repr(state) == "<CommState: Int8(block=2048, returned='int8'), step -1, not connected>"
+    state.connect(Metered(LocalTransport.world(3)[1]))
+    state.begin_step()
+    state.disable()
+    assert repr(state) == "<CommState: Int8(block=2048, returned='int8'), step 0, rank 1 of 3, disabled>"
 
 
 def test_what_is_switched_off_is_off_after_a_resume():

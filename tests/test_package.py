@@ -103,6 +103,16 @@ def test_public_names():
         assert name == "__version__" or thing.__doc__, name
 
 
+@pytest.mark.parametrize("name", ["horovod", "lightning", "reduce", "simulator", "transformers", "transports"])
+def test_a_module_is_there_without_an_import_of_its_own(name):
+    """As in README: `terncomm.lightning.CompressGradients`; or words that say what is missing."""
+    code = f"import terncomm; print(terncomm.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.stdout == f"terncomm.{name}\n" or f"terncomm.{name} needs" in done.stderr, done.stderr
+    code = "import sys, terncomm; hasattr(terncomm, 'no_such'); sys.exit('terncomm.simulator' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_the_hook_takes_what_ddp_demands():
     """DDP refuses an annotated hook in a module with postponed annotations, and an argument of another name."""
     assert list(terncomm.comm_hook.__annotations__)[1] == "bucket"

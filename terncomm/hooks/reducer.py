@@ -95,6 +95,13 @@ class GradientReducer:
         self.layers.forget_unnamed()  # numbered when first seen; the model of a copy may have other parameter objects
         self._detach()
 
+    def __repr__(self) -> str:
+        where = "not connected"
+        if self.transport is not None:
+            where = f"rank {self.transport.rank} of {self.transport.world_size}"
+        switched = "" if self.enabled else ", disabled"
+        return f"<{type(self).__name__}: {self.codec!r}, step {self._step}, {where}{switched}>"
+
     # ---- what a user calls --------------------------------------------------------------------------------------
 
     @property
