@@ -87,7 +87,10 @@ class Narrow:
 
 
 class ByteCoder(Protocol):
-    """A lossless compressor of bytes, such as an entropy coder. Must be a frozen dataclass, like a codec."""
+    """A lossless compressor of bytes, such as an entropy coder.
+
+    Make it a frozen dataclass, and its options fields of the codec, so that ranks compare them.
+    """
 
     def shorten(self, packed: torch.Tensor) -> torch.Tensor:
         """Compress a packed row: (k,) uint8 -> (m,) uint8. m may depend on the content."""

@@ -34,7 +34,7 @@ class Stochastic(IntegerCodec):
         noise = reference.noise(inside, words[:, 0], words[:, 1]).double() / 2**24
         codes = self.codes(flat[place].float().double(), shared.double()[..., piece], noise)
         low, high = self.alphabet
-        return torch.nan_to_num(codes, 0, high, low).clamp(low, high).to(torch.int8)
+        return torch.nan_to_num(codes, 0, high, low).clamp(low, high).to(torch.int16)
 
     def decode(self, totals, segments, shared, divisor, *, ranks=1, begin=0, out):
         totals = totals.view(self.planes, -1)

@@ -231,6 +231,30 @@ def otherwise_over_gloo():
     return reduce_otherwise(ProcessGroupTransport(dist.new_group()))
 
 
+def one_overlaps():
+    """Rank 0 overlaps and rank 1 does not: the same messages. Then rank 1 begins anew over the same transport."""
+    model, rank = network(), dist.get_rank()
+    transport = ProcessGroupTransport(dist.group.WORLD)
+    averager = terncomm.GradientAverager(model, "int8", transport, overlap=rank == 0)
+    backward(model, 0, 0)
+    averager.reduce()
+    same = gradients(model)
+    try:
+        if rank == 1:
+            averager = terncomm.GradientAverager(model, "int8", transport)
+        backward(model, 0, 1)
+        averager.reduce()
+    except RanksDiffer as error:
+        return same, str(error)
+
+
+def test_ranks_with_and_without_overlap_are_paired(on_ranks):
+    (here, told), (there, again) = on_ranks(2, one_overlaps)
+    assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
+    for words in (told, again):
+        assert "Rank 1 begins with new parameters, types or options, and rank 0 reduces" in words
+
+
 def test_a_rank_that_calls_otherwise_later_is_told_over_gloo(on_ranks):
     for told in on_ranks(2, otherwise_over_gloo):
         assert "Rank 1 begins with new parameters, types or options" in told

@@ -128,6 +128,66 @@ def test_calls_at_the_same_time_count_once(monkeypatch):
     assert clock.wire_s == 4.0
 
 
+def test_an_error_beside_lets_the_path_before_end():
+    """The second path's header fails while the first path sends; the first is sound, and is not blamed."""
+    failed, told = threading.Event(), []
+
+    class Breaks:
+        rank, world_size = 0, 1
+
+        def all_gather(self, payload):
+            if payload.item() == 10:
+                failed.set()
+                raise OSError("boom")
+            return payload[None].clone()
+
+    class Slow(Breaks):
+        beside = Breaks()
+
+        def all_gather(self, payload):
+            if payload.item() == 2:
+                assert failed.wait(10)
+                time.sleep(0.1)
+            return super().all_gather(payload)
+
+    def path(number):
+        yield Message("all_gather", octets(number), ahead=True)
+        yield Message("all_gather", octets(number + 1))
+        rows = yield Message("all_gather", octets(number + 2), last=True)
+        return rows.flatten().tolist()
+
+    def failing(error, phase):
+        told.append((str(error), phase))
+        return error
+
+    pipeline, transports = Pipeline(), {"all": Slow()}
+    first, second, third = [pipeline.submit(path(number), transports, Clock(), failing) for number in (1, 10, 20)]
+    assert first.wait() == [3]
+    with pytest.raises(RuntimeError, match="OSError: boom"):
+        second.wait()
+    with pytest.raises(RuntimeError, match="PipelineFailed: an earlier gradient reduction failed: boom"):
+        third.wait()
+    assert told == [("boom", "exchange")]
+
+
+def test_a_path_has_one_message_that_goes_ahead():
+    """A second could be paired with the header of another path."""
+
+    class Silent:
+        rank, world_size = 0, 1
+
+        def all_gather(self, payload):
+            return payload[None].clone()
+
+    class Both(Silent):
+        beside = Silent()
+
+    path = ask(*[Message("all_gather", octets(1), ahead=True)] * 2)
+    future = Pipeline().submit(path, {"all": Both()}, Clock(), lambda error, phase: error)
+    with pytest.raises(RuntimeError, match="second message that goes ahead"):
+        future.wait()
+
+
 @pytest.mark.parametrize("where", ["before its first message", "between", "on the wire", "at its end"])
 def test_an_error_in_the_pipeline_lets_earlier_paths_end_and_stops_later_ones(where):
     class Breaks(Recorded):
@@ -354,6 +414,28 @@ def test_a_pipeline_that_nobody_holds_ends_its_threads():
     while set(threads_of_pipelines()) - before and time.monotonic() < until:
         time.sleep(0.01)
     assert not set(threads_of_pipelines()) - before
+
+
+def test_a_pipeline_that_nobody_holds_ends_what_it_has_begun():
+    go = threading.Event()
+
+    class Slow:
+        rank, world_size = 0, 1
+
+        def all_gather(self, payload):
+            assert go.wait(10)
+            return payload[None].clone()
+
+    pipeline = Pipeline()
+    path = ask(Message("all_gather", octets(1)), Message("all_gather", octets(2), last=True))
+    future = pipeline.submit(path, {"all": Slow()}, Clock(), lambda error, phase: error)
+    ended = threading.Event()
+    future.add_done_callback(lambda _: ended.set())
+    del pipeline
+    gc.collect()
+    go.set()
+    assert ended.wait(10), "the future waits for ever"
+    assert future.wait().tolist() == [[2]]
 
 
 def test_a_pipeline_computes_with_the_threads_of_who_submits():

@@ -1,6 +1,7 @@
 """What others may bring, each tried by one small real user of it: codecs."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ import torch.distributed as dist
 from golden import Network, gradients
 from laws import gaussian, same_bits
 from seams import CODECS, BySign, Deflated, Lopsided, MinMax, by_hand
+from seams import uniform as by_place
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
 from terncomm import Ternary
+from terncomm.codecs import Codec, IntegerCodec, codec_for, uniform
+from terncomm.codecs.base import Local
 from terncomm.keys import Key
 from terncomm.path import bucket as buckets
 from terncomm.path.account import Context
@@ -277,3 +281,90 @@ def test_divisors_of_two_bytes_are_of_the_larger_end_of_an_alphabet():
     for exchange in EXCHANGES:
         mean = averaged([(Segments([1000]), codec)], own, exchange)
         assert same_bits(mean, by_hand(codec, own, KEY, 0))
+
+
+@dataclass(frozen=True)
+class Wrong(IntegerCodec):
+    """One plane of codes 0 to 3, and one statistic; each option makes one thing wrong."""
+
+    name = "wrong"
+    low: int = 0
+    high: int = 3
+    planes: int = 1
+    shape: tuple = (1000,)
+    dtype: torch.dtype = torch.int8
+    code: int = 3
+    statistics: tuple = (1,)
+    kind: torch.dtype = torch.float32
+    drops: bool = False
+
+    @property
+    def alphabet(self):
+        return self.low, self.high
+
+    def measure(self, flat, segments):
+        return Local(torch.ones(self.statistics, dtype=self.kind))
+
+    def agree(self, everyone):
+        return everyone.amax() if self.drops else super().agree(everyone)
+
+    def encode(self, flat, segments, local, shared, key, *, rank=0, world_size=1):
+        return torch.full(self.shape, self.code, dtype=self.dtype)
+
+    def decode(self, totals, segments, shared, divisor, *, ranks=1, begin=0, out):
+        out[begin : begin + totals.shape[1]] = totals[0]
+        return out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"code": 4}, r"Wrong\(.*\).encode: wanted codes in 0..3, got 4..4"),
+        ({"code": -1}, r"encode: wanted codes in 0..3, got -1..-1"),
+        ({"shape": (2, 1000)}, r"wanted 1 x 1000 integers \(planes is 1\), got shape \(2, 1000\), torch.int8"),
+        ({"planes": 2}, r"wanted 2 x 1000 integers \(planes is 2\), got shape \(1000,\), torch.int8"),
+        ({"shape": (999,)}, r"wanted 1 x 1000 integers \(planes is 1\), got shape \(999,\), torch.int8"),
+        ({"dtype": torch.float32}, r"wanted 1 x 1000 integers .* torch.float32"),
+        ({"statistics": (1, 2)}, r"measure: wanted \(L,\) or \(K, L\) torch.float32 with L = 1, got shape \(1, 2\)"),
+        ({"kind": torch.int32}, r"measure: wanted .*, torch.int32"),
+        ({"drops": True}, r"Wrong.agree: wanted shape \(1,\), torch.float32, got \(\), torch.float32"),
+    ],
+    ids=str,
+)
+def test_a_codec_that_does_not_do_what_it_says_is_refused(options, words):
+    """It would give a wrong mean, the same on every rank."""
+    flats = [torch.zeros(1000) for _ in range(2)]
+
+    def reduce(codec):
+        bucket = Bucket([(Segments([1000]), codec)])
+        lockstep([all_reduce_mean(flat, bucket, Context(KEY, rank, 2)) for rank, flat in enumerate(flats)])
+
+    with pytest.raises(ValueError, match=words):
+        reduce(Wrong(**options))
+    assert not any(flat.any() for flat in flats)
+    reduce(Wrong())
+    assert all((flat == 6).all() for flat in flats)
+
+
+def test_a_codec_is_a_frozen_dataclass():
+    """Its repr is what ranks compare: it must not be an address, nor lack an option."""
+
+    class Bare(Wrong):
+        pass
+
+    @dataclass
+    class Melts(Codec):
+        name = "melts"
+
+    for made in (Bare(), Melts()):
+        with pytest.raises(TypeError, match=rf"codec: {type(made).__name__} must be a frozen dataclass itself"):
+            codec_for(made)
+
+
+def test_uniform_noise_is_that_of_the_place_in_the_layer():
+    layers = Segments([300, 2000], offsets=[5, 400], layers=[4, 9])
+    noise = uniform(layers, KEY, rank=1, world_size=3, device=torch.device("cpu"))
+    assert noise.dtype == torch.float32
+    assert noise.shape == (2300,)
+    for layer, part in ((4, noise[:300]), (9, noise[300:])):
+        assert torch.equal(part.double(), by_place(KEY, layer, len(part), 1, 3))

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
-from terncomm import GradientAverager, Ternary
+from terncomm import CommState, GradientAverager, Ternary, comm_hook
 from terncomm.codecs.base import Agreed
 from terncomm.keys import NO_RANK, Key
 from terncomm.path.account import Context
@@ -57,8 +57,6 @@ class SignMean(Stochastic):
 @dataclass(frozen=True)
 class Residual(Stage):
     """What the codes of a step have missed is added to the gradient of the next."""
-
-    keeps_state = True
 
     def before(self, gradient, layer, ctx, state):
         if state is not None:
@@ -343,6 +341,62 @@ def test_stages_without_state_go_on_at_any_world_size():
     options = {**OPTIONS, "stages": [Rotation()]}
     saved = LocalTransport.run(2, lambda t: GradientAverager(Network(), transport=t, **options).state_dict())[0]
     LocalTransport.run(3, lambda t: GradientAverager(Network(), transport=t, **options).load_state_dict(saved))
+
+
+@dataclass(frozen=True)
+class Returns(Rotation):
+    """Returns what it should have changed in place."""
+
+    where: str = "before"
+
+    def before(self, gradient, layer, ctx, state):
+        return gradient * 0 if self.where == "before" else None
+
+    def after(self, mean, layer, ctx):
+        return mean * 0 if self.where == "after" else None
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_stage_that_returns_something_is_refused(where):
+    staging = Staging([Returns(where=where)])
+    with pytest.raises(TypeError, match=rf"Returns\(.*\).{where} returned a Tensor: it must change"):
+        getattr(staging, where)(torch.ones(1000), Segments([1000]), Context(Key(1), 0, 2))
+
+
+def test_stages_are_a_sequence_of_frozen_dataclasses():
+    class Bare(Rotation):
+        pass
+
+    with pytest.raises(TypeError, match=r"stages: wanted a sequence of stages, got Residual\(\): write \[Res"):
+        CommState(stages=Residual())
+    with pytest.raises(TypeError, match=r"stages: Bare must be a frozen dataclass itself"):
+        CommState(stages=[Bare()])
+    assert Residual().keeps_state
+    assert not Rotation().keeps_state
+
+
+def test_a_state_without_stages_refuses_what_stages_kept():
+    kept = {"stages": ["Residual()"], "rank": 0, "world_size": 1, "states": [{"x": torch.ones(1)}]}
+    with pytest.raises(ValueError, match=r"has the state of stages \['Residual\(\)'\], and this state has no stages"):
+        CommState().load_state_dict({"step": 1, "seed": 0, "stages": kept})
+    CommState().load_state_dict({"step": 1, "seed": 0, "stages": {**kept, "states": [{}]}})
+
+
+def late_pair():
+    """A plain pair that loads its stages' state before the first backward pass, when it has not connected yet."""
+    model = DistributedDataParallel(Network(), bucket_cap_mb=1)
+    state = CommState(named_parameters=model.module.named_parameters(), **OPTIONS)
+    model.register_comm_hook(state, comm_hook)
+    saved = {name: torch.full((64, 32), 0.5) for name in ("one.wide.weight",)}
+    place = {"rank": dist.get_rank(), "world_size": 2}
+    state.load_state_dict({
+        "step": 4, "seed": 5, "stages": {"stages": list(map(repr, OPTIONS["stages"])), "states": [saved, {}], **place},
+    })  # fmt: skip
+    return state.step, state.state_dict()["stages"]["states"][0]["one.wide.weight"].unique().tolist()
+
+
+def test_a_plain_pair_resumes_with_stages(on_ranks):
+    assert on_ranks(2, late_pair) == [(4, [0.5])] * 2
 
 
 def test_ranks_with_other_stages_are_told():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
-from terncomm.transports import RankFailed
+from terncomm.transports import Metered, RankFailed
 
 
 class OverTheDefaultGroup:
@@ -106,7 +106,7 @@ def refusals():
 def test_what_cannot_be_is_refused(on_ranks):
     first, second = on_ranks(2, refusals)
     for texts in (first, second):
-        assert texts[0] == "TypeError: transport: wanted rank, world_size, all_gather and all_to_all, 'tcp' lacks rank"
+        assert texts[0] == "TypeError: transport: wanted rank, world_size, all_gather, all_to_all; 'tcp' lacks rank"
         assert "ConfigurationsDiffer: ranks are configured differently. seed: 0 on rank 0; 1 on rank 1" in texts[1]
         assert texts[3].startswith("TypeError: transport= is for DistributedDataParallel only; with intra_group=")
     assert "rank 1 refused its options: min_numel must not be negative" in first[2]
@@ -129,3 +129,39 @@ def test_a_rank_that_fails_raises_its_own_error(on_ranks):
     for first, second in on_ranks(2, failing):
         assert "the line is dead" in first
         assert "an earlier gradient reduction failed: the line is dead" in second
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda rows: rows[:1], r"got shape \(1, 4\), torch.uint8"),
+        (lambda rows: torch.cat([rows, rows]), r"got shape \(4, 4\), torch.uint8"),
+        (lambda rows: rows.flatten(), r"got shape \(8,\), torch.uint8"),
+        (lambda rows: rows.int(), r"got shape \(2, 4\), torch.int32"),
+        (list, "got list"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(returned, got):
+    """Else every rank would add up wrong rows, alike and without an error."""
+
+    class Wrong:
+        rank, world_size, in_flight = 0, 2, 1
+
+        def all_to_all(self, rows):
+            return returned(rows)
+
+        def all_gather(self, payload):
+            return returned(payload.expand(2, -1))
+
+        def begin(self, kind, payload):
+            return returned(payload if kind == "all_to_all" else payload.expand(2, -1)), iter(())
+
+    transport, rows = Metered(Wrong()), torch.zeros(2, 4, dtype=torch.uint8)
+    for call in (
+        lambda: transport.all_to_all(rows),
+        lambda: transport.all_gather(rows[0]),
+        lambda: transport.begin("all_to_all", rows),
+        lambda: transport.begin("all_gather", rows[0]),
+    ):
+        with pytest.raises(TypeError, match=rf"Wrong: wanted rows of shape \(2, 4\), torch.uint8; {got}"):
+            call()

@@ -4,15 +4,15 @@ A codec compresses gradients, and decodes sums of compressed gradients over rank
 are its whole configuration. It does not communicate, keeps no state, and uses no random generator and no environment
 variable. There are two kinds:
 
-* :class:`IntegerCodec`: small integers, scaled by statistics that all ranks share. They add exactly, and decoding is
-  linear.
+* :class:`IntegerCodec`: small integers, scaled by statistics that all ranks share. They add exactly. Decoding
+  multiplies their sum, and may add an offset.
 * :class:`Half`: floats of 16 bits, added in rank order.
 
-Laws of integer codecs (`tests/laws.py` checks them for every codec):
+Laws of integer codecs (`tests/laws.py` checks them for every codec with symmetric levels and one plane):
 
 * Codes lie in the alphabet. The same input and key give the same codes.
-* Decoding is linear in the codes.
-* Inside the clip limit E[decode(encode(g))] = g. The error is at most one step, which is shared scale / levels.
+* Decoding is linear in the sum of codes, or with an offset affine, for a given number of ranks.
+* Inside the clip limit E[decode(encode(g))] = g. The error is at most one step of the codec's grid.
 * A zero layer decodes to zeros. A layer that is not zero has a limit that is not zero.
 * A non-finite element makes its segment (a layer, or a block of it) non-finite on every rank, and no other layer.
 """
@@ -112,13 +112,15 @@ class IntegerCodec(Codec):
     def measure(self, flat: torch.Tensor, segments: Segments) -> Local:
         """Measure this rank's statistics of each segment: (L,) float32, or (K, L) for K statistics.
 
-        flat: (n,) floats; not modified. The statistics of a segment with a non-finite element must be +inf.
+        flat: (n,) floats; not modified. All statistics of a segment with a non-finite element must be +inf. To share a
+        minimum, give its negative: the maximum over ranks, the default of :meth:`agree`, then keeps +inf.
         """
 
     def agree(self, everyone: torch.Tensor) -> Agreed:
         """Combine the statistics of all ranks, (W, ..., m) float32 in rank order -> (..., m). By default the maximum.
 
-        Must be a pure function, and must treat each of the m segments separately: a rank may get only some of them.
+        Must be a pure function, and must treat each of the m segments separately: a rank may get only some of them. So
+        the result of a segment must not depend on m; add up floats in rank order.
         """
         return Agreed(everyone.amax(dim=0))
 
@@ -136,8 +138,8 @@ class IntegerCodec(Codec):
     ) -> torch.Tensor:
         """Encode `flat`, floats, not modified -> codes in the alphabet, (n,) or (planes, n), in dense order.
 
-        n is `segments.numel`. local, shared: (..., L) float32 statistics of this rank, and those that all agreed on.
-        key, rank, world_size: of the rounding noise.
+        n is `segments.numel`; the codes are integers of any type. local, shared: (..., L) float32 statistics of this
+        rank, and those that all agreed on. key, rank, world_size: of the rounding noise, see :func:`uniform`.
         """
 
     @abstractmethod
@@ -154,8 +156,9 @@ class IntegerCodec(Codec):
     ) -> torch.Tensor:
         """Decode sums of codes and write them to `out`, at the dense elements of `segments` from `begin` on.
 
-        totals: (m,) or (planes, m) int32. divisor: the sum is divided by it; W for the mean. ranks: number of ranks
-        whose codes were added; a codec whose codes contain an offset subtracts it `ranks` times. Returns out.
+        totals: (planes, m) int32, also for one plane. divisor: the sum is divided by it; W for the mean. ranks: number
+        of ranks whose codes were added; a codec with an offset corrects for it `ranks` times, before the division.
+        Returns out.
         """
 
     def rounding(
@@ -182,6 +185,16 @@ class IntegerCodec(Codec):
         return None
 
 
+def uniform(segments: Segments, key: Key, *, rank: int, world_size: int, device: torch.device) -> torch.Tensor:
+    """Rounding noise for `encode`: (segments.numel,) float32 in [0, 1), in dense order, multiples of 2^-24.
+
+    The same for the same seed, step, layer, place in the layer, rank and world size, wherever the layer lies.
+    """
+    segment, _, counter = segments.elements(0, segments.numel, device)
+    streams = key.streams(segments.layers, rank=rank, world_size=world_size).to(device)
+    return ops.reference.noise(counter, *streams[segment].T).to(torch.float32) / (1 << 24)
+
+
 class UniformCodec(IntegerCodec):
     """Base class of codecs with codes in [-levels, levels], one shared scale per segment, and stochastic rounding.
 
@@ -203,7 +216,8 @@ class UniformCodec(IntegerCodec):
         """The clip limit of each segment, (L,) float32: the largest magnitude to be represented, and the local scale.
 
         flat: (n,) floats; not modified. The limit must be 0 only if all elements of the segment are 0, and +inf if one
-        is not finite. The shared scale is the maximum over ranks. :func:`terncomm.ops.peaks` gives max |g|.
+        is not finite. :func:`terncomm.ops.peaks` gives max |g|. The shared scale is what :meth:`agree` makes of the
+        limits, by default the maximum; values above it are clipped to it.
         """
 
     def rounding(

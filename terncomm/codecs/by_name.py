@@ -22,12 +22,18 @@ def codec_for(codec: "str | Codec") -> Codec:
 
     Raises:
         ValueError: the name is unknown.
-        TypeError: `codec` is neither a name nor a codec.
+        TypeError: `codec` is neither a name nor a codec, or a codec that is no frozen dataclass.
 
     >>> codec_for("int8")
     Int8(block=2048, returned='int8')
     """
     if isinstance(codec, Codec):
+        own = vars(type(codec)).get("__dataclass_params__")
+        if own is None or not own.frozen:
+            raise TypeError(
+                f"codec: {type(codec).__name__} must be a frozen dataclass itself, @dataclass(frozen=True): its fields "
+                "are its configuration, which ranks compare by its repr"
+            )
         return codec
     if not isinstance(codec, str):
         raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}{_hint(codec)}")

@@ -74,8 +74,11 @@ def register(
             and compressed between replicas.
         transport: for DDP: sends the bytes, in place of a private process group. An object with the members of
             :class:`terncomm.transports.Transport`, over the ranks of the model's process group; blocking calls suffice.
-            It is called from one thread, and nothing else may use it meanwhile. A rank that fails raises its own
-            error; the other ranks raise what their transport raises when a rank does not answer.
+            With `begin`, messages overlap, see :class:`terncomm.transports.base.Overlapping`. With `beside`, headers
+            need not wait for them, see :func:`terncomm.transports.base.beside`. One thread at a time calls it: the
+            caller's in `register`, then one of the hook's, and another for `beside`. Nothing else may use it. A rank
+            that fails raises its own error; the other ranks raise what their transport raises when a rank does not
+            answer.
         stages: for DDP without `intra_group`: what changes the gradients of compressed layers before encoding, and
             their means afterwards, such as error feedback; see :class:`terncomm.path.stages.Stage`.
 
@@ -96,7 +99,7 @@ def register(
         "exchange": exchange,
         "seed": seed,
         "exempt": exempt,
-        "stages": tuple(stages),
+        "stages": stages,
     }
     sharded, units = _is_fully_sharded(model), fsdp1_units(model)
     if stages and (sharded or units or intra_group is not None):
@@ -176,11 +179,14 @@ def _check_transport(transport: Any, refused: str) -> None:
     """
     if refused:
         raise TypeError(f"transport= is for DistributedDataParallel only; with {refused} terncomm makes its own groups")
-    missing = [name for name in ("rank", "world_size", "all_gather", "all_to_all") if not hasattr(transport, name)]
-    if missing:
-        raise TypeError(
-            f"transport: wanted rank, world_size, all_gather and all_to_all, {transport!r} lacks {missing[0]}"
-        )
+    wanted = ["rank", "world_size", "all_gather", "all_to_all"]
+    if hasattr(transport, "begin"):
+        wanted.append("in_flight")
+    if missing := [name for name in wanted if not hasattr(transport, name)]:
+        raise TypeError(f"transport: wanted {', '.join(wanted)}; {transport!r} lacks {missing[0]}")
+    for name in ("rank", "world_size"):
+        if not isinstance(value := getattr(transport, name), int):
+            raise TypeError(f"transport: {name} must be an int, {transport!r} has {value!r}")
 
 
 def _is_fully_sharded(model: Any) -> bool:

@@ -196,6 +196,11 @@ class GradientReducer:
             raise ValueError(
                 f"the checkpoint has seed {saved['seed']}, this state {self.seed}; give seed={saved['seed']} instead"
             )
+        if not self._staging.stages and any(saved.get("stages", {}).get("states", ())):
+            raise ValueError(
+                f"the checkpoint has the state of stages {saved['stages']['stages']}, and this state has no stages: "
+                'give the same stages=, or remove "stages" from what you load'
+            )
         if self._staging.stages and "stages" in saved:
             self._staging.load_state_dict(saved["stages"], *self._place, self.layers.number_of)
         self._step = int(saved["step"])
@@ -203,7 +208,9 @@ class GradientReducer:
 
     @property
     def _place(self) -> tuple[int, int]:
-        """Rank and world size."""
+        """Rank and world size; of the default process group before the ranks are connected."""
+        if self.transport is None and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
         transport = self.transports["all"]
         return transport.rank, transport.world_size
 

@@ -73,6 +73,12 @@ class CommState(GradientReducer):
         self._group, self._given = None, None  # a copy uses the default group
         super().__setstate__(saved)
 
+    @property
+    def _place(self) -> tuple[int, int]:
+        if self.transport is None and self._group is not None:
+            return self._group.rank(), self._group.size()
+        return super()._place
+
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to average a bucket of DDP.
 

@@ -2,8 +2,8 @@
 
 `reference` defines every kernel in plain torch. A table maps each device type to a back end: "cpu" to the Numba kernels
 of `cpu`, "meta" to the shapes of `shapes`. :func:`use` registers others. The reference runs if a device type has no
-back end, or if its back end lacks the kernel. If Numba cannot be imported, the reference runs on the CPU too, about 80
-times slower, and one warning is logged.
+back end, or if neither its back end nor the built-in one has the kernel. If Numba cannot be imported, the reference
+runs on the CPU too, about 80 times slower, and one warning is logged.
 """
 
 import importlib
@@ -132,7 +132,13 @@ class _Kernels:
         return getattr(compile_kernels(), name)
 
 
-_back_ends: dict[str, object] = {"cpu": _Kernels(), "meta": shapes}
+# What a back end may have. `rounding`, `split_unit` and `clip_limit` are no kernels: they run on one number per layer.
+_KERNELS = (
+    *("peaks", "moments", "encode", "encode_pack", "pack", "unpack_sum", "decode", "unpack_decode", "decode_rows"),
+    *("narrow", "widen"),
+)
+_BUILT_IN: dict[str, object] = {"cpu": _Kernels(), "meta": shapes}
+_back_ends: dict[str, object] = dict(_BUILT_IN)
 _found: dict[tuple[str, str], Callable[..., Any]] = {}  # by device type and kernel; cleared when a back end changes
 _told: set[tuple[str, str]] = set()
 
@@ -142,11 +148,17 @@ def use(device_type: str, back_end: object | None) -> object | None:
 
     Args:
         device_type: as in `torch.device.type`.
-        back_end: a module or an object with some of the functions of :mod:`terncomm.ops.reference`, with the same
-            arguments. For the functions that it lacks, the reference runs. None: the reference runs for all.
+        back_end: a module or an object with some of the kernels of :mod:`terncomm.ops.reference`, with the same
+            arguments: peaks, moments, encode, encode_pack, pack, unpack_sum, decode, unpack_decode, decode_rows,
+            narrow, widen. What it lacks, the built-in kernels do on the CPU, and the reference elsewhere; they do not
+            call the kernels of `back_end`. None: the reference runs for all.
 
     Returns:
         The back end that was registered before, or None; give it to `use` to restore it.
+
+    Raises:
+        ValueError: `device_type` is not the name of a device type.
+        TypeError: `back_end` has none of the kernels.
 
     >>> class Mine:
     ...     def peaks(self, flat, segments):
@@ -156,6 +168,14 @@ def use(device_type: str, back_end: object | None) -> object | None:
     tensor([0.])
     >>> mine = use("cpu", before)
     """
+    try:
+        known = torch.device(device_type).type == device_type
+    except RuntimeError:
+        known = False
+    if not known:
+        raise ValueError(f"wanted a device type, such as 'cpu' or 'cuda', got {device_type!r}")
+    if back_end is not None and not any(hasattr(back_end, name) for name in _KERNELS):
+        raise TypeError(f"wanted an object with one of the kernels {', '.join(_KERNELS)}, got {back_end!r}")
     before = _back_ends.pop(device_type, None)
     if back_end is not None:
         _back_ends[device_type] = back_end
@@ -168,7 +188,10 @@ def _function(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     device_type = tensor.device.type
     function = _found.get((device_type, name))
     if function is None:
-        function = getattr(_back_ends.get(device_type), name, None)
+        back_end = _back_ends.get(device_type)
+        function = getattr(back_end, name, None)
+        if function is None and back_end is not None:
+            function = getattr(_BUILT_IN.get(device_type), name, None)
         if function is None:
             function = getattr(reference, name)
             _tell_fallback(device_type, name)

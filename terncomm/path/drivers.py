@@ -11,7 +11,7 @@ import torch
 
 from terncomm.path.account import Clock
 from terncomm.path.message import Message, Path, Start, WaitForTurn
-from terncomm.transports.base import Transport
+from terncomm.transports.base import Transport, beside
 
 T = TypeVar("T")
 Transports = Mapping[str, Transport]  # message group -> transport
@@ -36,7 +36,7 @@ def blocking(path: Path[T], transport: Transport | Transports, clock: Clock | No
 
     def send(message: Message) -> torch.Tensor:
         with clock("exchange", bucket, message.kind) if clock else nullcontext():
-            return call(transports[message.group], message)
+            return call(channel(transports, message), message)
 
     return _in_turn(path, send)
 
@@ -56,6 +56,15 @@ def _in_turn(path: Path[T], send: Callable[[Message], torch.Tensor]) -> T:
         else:
             answer = None if isinstance(request, WaitForTurn) else request.pop()
         del request
+
+
+def channel(transports: Transports, message: Message) -> Transport:
+    """The transport that carries a message: that of its group, or for a message that goes ahead, the one beside it.
+
+    The same for all drivers: then messages of ranks that use different drivers are paired, too.
+    """
+    transport = transports[message.group]
+    return (beside(transport) or transport) if message.ahead else transport
 
 
 def call(transport: Transport, message: Message) -> torch.Tensor:

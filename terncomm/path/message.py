@@ -27,8 +27,8 @@ class Message(NamedTuple):
     kind: "all_gather": payload (k,) uint8 goes to every rank. "all_to_all": payload (W, k) uint8, row r goes to rank r.
     group: the ranks that take part. "all"; "node": those of this node; "between": one of each node, at the same place.
     last: this path sends no more messages, so the next path may send.
-    ahead: may be sent while an earlier path still sends, over the transport beside that of the group, if there is one.
-        A path sends at most one such message in a group, and so does every path that runs concurrently.
+    ahead: goes over the transport beside that of the group, if there is one, and so need not wait for the messages of
+        earlier paths. Each path sends at most one in each group: its header.
     """
 
     kind: Kind

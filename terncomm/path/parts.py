@@ -109,11 +109,24 @@ class Coding:
 
     def _encode(self) -> torch.Tensor:
         where = {"rank": self.rank, "world_size": self.world_size}
-        return self.codec.encode(self.flat, self.segments, self._local, self._shared, self.key, **where)
+        codes = self.codec.encode(self.flat, self.segments, self._local, self._shared, self.key, **where)
+        planes, n = self.codec.planes, self.segments.numel
+        shapes = [(planes, n), (n,)] if planes == 1 else [(planes, n)]
+        if codes.shape not in shapes or codes.is_floating_point():
+            raise ValueError(
+                f"{self.codec!r}.encode: wanted {planes} x {n} integers (planes is {planes}), got shape "
+                f"{tuple(codes.shape)}, {codes.dtype}"
+            )
+        low, high = self.codec.alphabet
+        if codes.numel() and not codes.is_meta and not codes.is_cuda:  # on CUDA the host would wait
+            least, most = (int(each) for each in codes.aminmax())
+            if least < low or most > high:
+                raise ValueError(f"{self.codec!r}.encode: wanted codes in {low}..{high}, got {least}..{most}")
+        return codes
 
     def own(self) -> torch.Tensor:
         """Decode only this rank's codes: (n,) float32, laid out like `flat`; gaps between segments are undefined."""
-        codes = self.codes if self.rounding is None else self._encode()
+        codes = self.codes if self.rounding is None else self._encode().view(self.codec.planes, -1)
         out = torch.empty_like(self.flat, dtype=torch.float32)
         return self.codec.decode(codes.to(torch.int32), self.segments, self._shared, 1.0, out=out)
 
@@ -324,4 +337,10 @@ class Statistics:
         self.shared.copy_(self._agreed(received))
 
     def _agreed(self, received: torch.Tensor) -> Agreed:
-        return self._agree(received.view(torch.float32).view(len(received), *self._shape))
+        agreed = self._agree(received.view(torch.float32).view(len(received), *self._shape))
+        if agreed.shape != self._shape or agreed.dtype != torch.float32:
+            name = getattr(self._agree, "__qualname__", "agree")
+            raise ValueError(
+                f"{name}: wanted shape {tuple(self._shape)}, torch.float32, got {tuple(agreed.shape)}, {agreed.dtype}"
+            )
+        return agreed

@@ -8,7 +8,7 @@ which it asks for them, then those of the path that was submitted next. So the o
 whichever path is ready first. No two ranks can wait for each other, and no messages are mispaired.
 
 The header of the next path need not wait for its turn. It goes over a transport of its own, if there is one (see
-:attr:`terncomm.transports.base.Transport.beside`). So ranks have agreed on the statistics of a bucket when the previous
+:func:`terncomm.transports.base.beside`). So ranks have agreed on the statistics of a bucket when the previous
 one has been sent. A path whose turn has not come runs up to its first other message, which is made but not sent. After
 the last message of a path the next path may send at once; it does not wait for the answer.
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from terncomm.path.account import Clock
-from terncomm.path.drivers import Transports
+from terncomm.path.drivers import Transports, channel
 from terncomm.path.message import Message, Path, Start, WaitForTurn
 from terncomm.path.sending import Ticket, Wire, WireFailed, ordinary
 from terncomm.transports.base import Transport, beside
@@ -93,10 +93,7 @@ class _Job:
         self.ended = True
 
     def _ticket(self, message: Message) -> Ticket:
-        transport = self.transports[message.group]
-        if message.ahead:
-            transport = beside(transport) or transport
-        return Ticket(self, message, transport, self.clock, self.bucket)
+        return Ticket(self, message, channel(self.transports, message), self.clock, self.bucket)
 
     def go_on(self, busy: set[int], wires: "_Wires") -> None:
         """Send the messages whose turn has come. busy: ids of the transports that earlier paths may still use."""
@@ -108,6 +105,10 @@ class _Job:
                 return
             else:
                 self.held = None
+                if id(ticket.transport) not in self.may_use:
+                    error = RuntimeError("a path asked for a second message that goes ahead, or for one after its last")
+                    self.fail(error, self.clock.phase)
+                    return
                 if ticket.message.last:
                     self.may_use.clear()
                 elif ticket.transport is not self.transports[ticket.message.group]:
@@ -161,7 +162,7 @@ class Pipeline:
         Args:
             path: the path.
             transports: message group -> transport of this rank. Nothing else may use them while the pipeline runs.
-            clock: its `wire_s` counts the time of the wire thread.
+            clock: its `wire_s` counts the time of the wire threads.
             failing: called once if this path or its transport fails, when all earlier paths have ended: (error, phase)
                 -> the error that the future raises.
             bucket: for profiles.
@@ -209,21 +210,21 @@ class _Inbox:
             self._changed.notify()
 
     def put_answer(self, answer: Ticket | WireFailed) -> None:
-        """Add a message whose rows have arrived, or the error that ended the wire thread."""
+        """Add a message whose rows have arrived, or the error that ended a wire thread."""
         with self._changed:
             self._answers.append(answer)
             self._changed.notify()
 
     def close(self) -> None:
-        """Make `get` return None as soon as the queue is empty."""
+        """Make `get` return None as soon as the queue is empty and all jobs have ended."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
-    def get(self) -> "Ticket | WireFailed | _Job | None":
-        """Wait for the next item; None: the queue is closed and empty."""
+    def get(self, more: bool) -> Ticket | WireFailed | _Job | None:
+        """Wait for the next item; None: the queue is closed and empty. more: answers will come even if it is closed."""
         with self._changed:
-            while not (self._answers or self._jobs or self._closed):
+            while not (self._answers or self._jobs or (self._closed and not more)):
                 self._changed.wait()
             if self._answers:
                 return self._answers.popleft()
@@ -235,7 +236,7 @@ def _compute(inbox: _Inbox) -> None:
     wires = _Wires(inbox)
     jobs: deque[_Job] = deque()  # jobs that have not completed, in order
     failed: BaseException | None = None
-    while (item := inbox.get()) is not None:
+    while (item := inbox.get(more=bool(jobs) and failed is None)) is not None:
         if failed is not None:
             if isinstance(item, _Job):
                 _abandon(item.path)
@@ -255,13 +256,18 @@ def _compute(inbox: _Inbox) -> None:
     wires.close()
 
 
-def _blame(failure: "WireFailed", jobs: deque[_Job]) -> None:
-    """Fail the job whose message failed. It comes first: jobs before it that have not ended cannot end any more."""
+def _blame(failure: WireFailed, jobs: deque[_Job]) -> None:
+    """Fail the job whose message failed.
+
+    Jobs before it that send over the same transport cannot end any more, so it comes first. If the message went ahead
+    over a transport of its own, the jobs before it go on.
+    """
     job = failure.sender if failure.sender in jobs else jobs[0]
     if job.error is None:
         job.fail(failure.error, "exchange")
-    jobs.remove(job)
-    jobs.appendleft(job)
+    if any(failure.transport is each for each in job.transports.values()):
+        jobs.remove(job)
+        jobs.appendleft(job)
 
 
 def _settle(jobs: deque[_Job], wires: _Wires) -> BaseException | None:

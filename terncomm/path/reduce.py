@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from terncomm.codecs.base import Agreed, Local
+from terncomm.codecs.base import Agreed, IntegerCodec, Local
 from terncomm.path import exchanges
 from terncomm.path.account import Context
 from terncomm.path.bucket import SMALL, Bucket, PieceLayout
@@ -74,7 +74,7 @@ def all_reduce_mean(
         with ctx.phase("encode", "stages"):
             given = [staging.before(flat, group.layers, ctx) for group in bucket.coded]
     with ctx.phase("encode", "measure"):
-        local = [group.codec.measure(flat, group.segments) for group in bucket.coded]
+        local = [measured(group.codec, flat, group.segments) for group in bucket.coded]
     header = _header(ctx, flat.numel(), bucket.coded_numel, configuration, bucket.checksum)
     ways = [group.codec.agree for group in bucket.coded]
     shared = yield from agree(header, local, ways, ctx, flat.device, unchecked=unchecked, last=last and not cuts)
@@ -229,7 +229,9 @@ def reduce_scatter(
 def _measure_whole(flat: torch.Tensor, group: CodedShards) -> Local:
     """Measure each parameter in its own element order, so that scales have the same bits as without sharding."""
     scaled = group.codec.scaled
-    found: list[torch.Tensor] = [group.codec.measure(each, scaled(Segments([len(each)]))) for each in group.whole(flat)]
+    found: list[torch.Tensor] = [
+        measured(group.codec, each, scaled(Segments([len(each)]))) for each in group.whole(flat)
+    ]
     return Local(torch.cat(found, dim=-1))
 
 
@@ -335,8 +337,23 @@ def all_gather_number(number: int, rank: int, device: torch.device) -> Path[list
     Raises:
         RanksDiffer: some ranks are already reducing gradients. They raise it too.
     """
-    received = yield Message("all_gather", Header.carrying(number).prologue(device), last=True)
+    received = yield Message("all_gather", Header.carrying(number).prologue(device), last=True, ahead=True)
     return carried_numbers(received.cpu(), rank)
+
+
+def measured(codec: IntegerCodec, flat: torch.Tensor, segments: Segments) -> Local:
+    """`codec.measure`, checked.
+
+    Raises:
+        ValueError: it did not return (..., L) float32.
+    """
+    local = codec.measure(flat, segments)
+    if local.dtype != torch.float32 or local.ndim not in (1, 2) or local.shape[-1] != len(segments):
+        raise ValueError(
+            f"{codec!r}.measure: wanted (L,) or (K, L) torch.float32 with L = {len(segments)}, got shape "
+            f"{tuple(local.shape)}, {local.dtype}"
+        )
+    return local
 
 
 def check_dtype(flat: torch.Tensor) -> None:

@@ -33,11 +33,11 @@ class Ticket:
 
 
 class WireFailed(Exception):
-    """An error of a wire, and the job whose message it came in."""
+    """An error of a wire, the job whose message it came in, and the transport."""
 
-    def __init__(self, sender: Any, error: BaseException) -> None:
+    def __init__(self, ticket: Ticket, error: BaseException) -> None:
         super().__init__(str(error))
-        self.sender, self.error = sender, ordinary(error)
+        self.sender, self.transport, self.error = ticket.sender, ticket.transport, ordinary(error)
 
 
 def ordinary(error: BaseException) -> Exception:
@@ -84,9 +84,10 @@ class _Transfer:
                 with self.ticket.clock.wire():
                     self.wait()
             except BaseException as error:
-                raise WireFailed(self.ticket.sender, error) from error
+                raise WireFailed(self.ticket, error) from error
         if self._rows is not None:
             self.ticket.rows = self._rows
+            del self.ticket.message  # and with it the payload: the path keeps the ticket while it uses the rows
             deliver(self.ticket)
 
 
@@ -101,7 +102,7 @@ def _run(due: "queue.SimpleQueue[Ticket | None]", deliver: Deliver) -> None:
             except WireFailed:
                 raise
             except BaseException as error:
-                raise WireFailed(ticket.sender, error) from error
+                raise WireFailed(ticket, error) from error
             del ticket
     except WireFailed as failed:
         flight.clear()

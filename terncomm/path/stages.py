@@ -19,14 +19,20 @@ _Place = tuple[int, int]  # stage, parameter
 
 
 class Stage(ABC):
-    """Base class of stages: changes the gradient of one layer at a time. A subclass must be a frozen dataclass.
+    """Base class of stages: changes the gradient of one layer at a time.
+
+    A subclass must be a frozen dataclass. Ranks and checkpoints compare stages by their `repr`, so it must name every
+    option in full: give a matrix by the seed that it is made from. A subclass that has `next_state` keeps state. This
+    costs a copy of the gradients, and encoding them once more.
 
     Stages are called only for layers under an integer codec, and not in steps in which nothing is coded (warm-up).
     With several stages, `before` is called in their order and `after` in reverse order.
     """
 
-    keeps_state = False
-    """Whether :meth:`next_state` is called. It costs a copy of the gradients, and encoding them once more."""
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the class has a :meth:`next_state` of its own."""
+        return type(self).next_state is not Stage.next_state
 
     @abstractmethod
     def before(self, gradient: torch.Tensor, layer: int, ctx: Context, state: torch.Tensor | None) -> None:
@@ -34,8 +40,8 @@ class Stage(ABC):
 
         Args:
             gradient: (n,) floats, of any type.
-            layer: the number of the parameter.
-            ctx: key of the noise, rank and world size.
+            layer: the number of the parameter, in the order of the model's parameters.
+            ctx: rank, world size, and the key of the noise, with seed and step.
             state: the adopted result of :meth:`next_state` for this layer; None: there is none.
         """
 
@@ -43,8 +49,8 @@ class Stage(ABC):
     def after(self, mean: torch.Tensor, layer: int, ctx: Context) -> None:
         """Change the mean of a layer, (n,) floats, in place. Must compute the same on all ranks.
 
-        If a stage keeps state, this is also called with what only this rank's codes decode to. That gives `sent` for
-        :meth:`next_state` of the earlier stages.
+        If a stage keeps state, this is also called with what only this rank's codes decode to, on the scale of its
+        gradient (not divided by W). That gives `sent` for :meth:`next_state` of the earlier stages.
         """
 
     def next_state(
@@ -54,8 +60,8 @@ class Stage(ABC):
 
         Args:
             given: (n,) floats, the gradient after :meth:`before` of this stage. May be modified.
-            sent: (n,) float32, what only this rank's codes decode to, after :meth:`after` of the later stages. May be
-                modified.
+            sent: (n,) float32, what only this rank's codes decode to, on the scale of its gradient (not divided by W),
+                after :meth:`after` of the later stages. May be modified.
             layer, ctx, state: see :meth:`before`; `state` must not be modified.
         """
         return None
@@ -74,6 +80,8 @@ class Staging:
     """The stages, and this rank's state of each stage and parameter."""
 
     def __init__(self, stages: Sequence[Stage] = ()) -> None:
+        if isinstance(stages, Stage):
+            raise TypeError(f"stages: wanted a sequence of stages, got {stages!r}: write [{stages!r}]")
         self.stages = tuple(stages)
         for each in self.stages:
             _check(each)
@@ -91,7 +99,7 @@ class Staging:
         given = {}
         for layer, gradient in _pieces(flat, layers):
             for number, stage in enumerate(self.stages):
-                stage.before(gradient, layer, ctx, self._state.get((number, layer)))
+                _in_place(stage, "before", stage.before(gradient, layer, ctx, self._state.get((number, layer))))
                 if stage.keeps_state:
                     given[number, layer] = gradient.clone()
         return given
@@ -119,13 +127,13 @@ class Staging:
                 if stage.keeps_state:
                     before = self._state.get(place)
                     states[place] = stage.next_state(given[place], values.clone(), layer, ctx, before)
-                stage.after(values, layer, ctx)
+                _in_place(stage, "after", stage.after(values, layer, ctx))
 
     def after(self, flat: torch.Tensor, layers: Segments, ctx: Context) -> None:
         """Apply `after` of all stages, in reverse order, to the means of a bucket's layers in place."""
         for layer, mean in _pieces(flat, layers):
             for stage in reversed(self.stages):
-                stage.after(mean, layer, ctx)
+                _in_place(stage, "after", stage.after(mean, layer, ctx))
 
     def _step(self, step: int) -> _Step:
         return self._steps.setdefault(step, _Step())
@@ -188,6 +196,21 @@ class Staging:
 def _check(stage: object) -> None:
     if not isinstance(stage, Stage):
         raise TypeError(f"stages: wanted a terncomm.path.stages.Stage, got {stage!r}")
+    own = vars(type(stage)).get("__dataclass_params__")
+    if own is None or not own.frozen or not own.repr:
+        raise TypeError(
+            f"stages: {type(stage).__name__} must be a frozen dataclass itself, @dataclass(frozen=True): ranks and "
+            "checkpoints compare stages by their repr, which must name every option"
+        )
+
+
+def _in_place(stage: Stage, method: str, returned: object) -> None:
+    """Refuse what a method returned instead of changing its argument."""
+    if returned is not None:
+        raise TypeError(
+            f"{stage!r}.{method} returned a {type(returned).__name__}: it must change the tensor in place and return "
+            "nothing"
+        )
 
 
 def _pieces(flat: torch.Tensor, layers: Segments) -> list[tuple[int, torch.Tensor]]:

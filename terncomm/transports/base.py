@@ -34,10 +34,16 @@ class Transport(Protocol):
         """Number of ranks, W."""
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
-        """(k,) uint8, k equal on all ranks -> (W, k) uint8: every rank's payload. Sends (W - 1) k bytes."""
+        """(k,) uint8, k equal on all ranks -> (W, k) uint8: every rank's payload. Sends (W - 1) k bytes.
+
+        The payload is contiguous. The result is a new tensor, which later calls do not change.
+        """
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
-        """(W, k) uint8, row r for rank r -> (W, k) uint8: row r came from rank r. Sends (W - 1) k bytes."""
+        """(W, k) uint8, row r for rank r -> (W, k) uint8: row r came from rank r. Sends (W - 1) k bytes.
+
+        As for `all_gather`, the result is a new tensor.
+        """
 
 
 class Overlapping(Transport, Protocol):
@@ -72,7 +78,8 @@ class Overlapping(Transport, Protocol):
 def beside(transport: Transport) -> Transport | None:
     """A second transport over the same ranks, `transport.beside`, which another thread may use at the same time.
 
-    It is for small messages that need not wait for large ones. None: the transport has no other beside it.
+    It carries the headers of buckets, which then need not wait for large messages. It may be blocking or
+    :class:`Overlapping`. It must be there on every rank or on none, and always be the same object. None: there is none.
     """
     return getattr(transport, "beside", None)
 

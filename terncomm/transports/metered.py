@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -59,18 +60,32 @@ class Metered:
         """
         if not overlaps(self.inner):
             raise TypeError(f"{type(self.inner).__name__} has only blocking calls, no begin()")
-        begun = self.inner.begin(kind, payload)
+        received, transfers = self.inner.begin(kind, payload)
         self._count(payload.shape[-1])
-        return begun
+        return self._checked(received, payload), transfers
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
         out = self.inner.all_gather(payload)
         self._count(payload.numel())
-        return out
+        return self._checked(out, payload)
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
         out = self.inner.all_to_all(rows)
         self._count(rows.shape[1])
-        return out
+        return self._checked(out, rows)
+
+    def _checked(self, received: Any, payload: torch.Tensor) -> torch.Tensor:
+        """What a transport returned for a message.
+
+        Raises:
+            TypeError: it is not (W, k) uint8.
+        """
+        wanted = torch.Size((self.world_size, payload.shape[-1]))
+        if isinstance(received, torch.Tensor) and received.shape == wanted and received.dtype == torch.uint8:
+            return received
+        got = type(received).__name__
+        if isinstance(received, torch.Tensor):
+            got = f"shape {tuple(received.shape)}, {received.dtype}"
+        raise TypeError(f"{type(self.inner).__name__}: wanted rows of shape {tuple(wanted)}, torch.uint8; got {got}")

@@ -1,10 +1,11 @@
 """A transport over a torch.distributed process group."""
 
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ _CHUNK_S = 4e-3  # least transmission time of a chunk; shorter ones cost more in
 _IN_FLIGHT = 8  # two fill the link of an idle machine; eight fill it while encoding competes for the cores
 _ROUNDS = 2  # of chunks to every other rank in flight at least: a late rank must not stop the transfers to the others
 _PROBE = 1 << 20  # bytes that each rank sends to measure the rate
-_TAG, _TAG_BESIDE = 0, 1  # of every chunk: all ranks exchange them in the same order, so one tag is enough
+_TAG, _TAG_BESIDE = 0, 1  # one for each thread: on each, all ranks exchange chunks in the same order
+_LIBRARY = "the process group"  # in error messages
 _CANCEL_TAG = 1 << 30  # no message has this tag or a higher one
 
 
@@ -47,23 +49,28 @@ class ProcessGroupTransport:
 
     def __init__(self, group: Any) -> None:
         self._group = group
-        self._calls = Calls("the process group", (RuntimeError,))
+        self._beside: Callable[[], _Beside | None] = lambda: None  # weak: else a group would outlive its users
+        self._calls = Calls(_LIBRARY, (RuntimeError,))
         self.at_once = AT_ONCE  # bytes; this and `chunk` must be equal on all ranks
         self.chunk = CHUNK
         self.rank: int = group.rank()
         self.world_size: int = group.size()
         self.in_flight = max(_IN_FLIGHT, _ROUNDS * (self.world_size - 1))
 
-    @cached_property
+    @property
     def beside(self) -> "_Beside | None":
-        """See :func:`terncomm.transports.base.beside`. None: not gloo, which alone can send under a second tag."""
-        if self._group is None or self.world_size == 1:
+        """See :func:`terncomm.transports.base.beside`. None if not all of the group is gloo: others have no tags."""
+        if (found := self._beside()) is not None:
+            return found
+        names = set()
+        for device in ("cpu", "cuda"):
+            with suppress(RuntimeError):  # the group has no backend for this device
+                names.add(backend_for(self._group, torch.device(device)).name())
+        if names != {"gloo"} or self.world_size == 1:
             return None
-        try:
-            name = backend_for(self._group, torch.device("cpu")).name()
-        except RuntimeError:  # the group has no backend for the CPU
-            return None
-        return _Beside(self) if name == "gloo" else None
+        made = _Beside(self)
+        self._beside = weakref.ref(made)
+        return made
 
     def close(self) -> None:
         """Close the connections of the group and release it. Nobody can use the group afterwards.
@@ -112,7 +119,7 @@ class ProcessGroupTransport:
         mine, backend = self._readable(payload)
         received = mine.new_empty(self.world_size, mine.shape[-1])
         if backend.name() == "gloo" and goes_in_steps(self.world_size, mine.shape[-1], self.at_once):
-            transfers = self._chunks(mine.expand(self.world_size, -1), received, backend, self.chunk, _TAG)
+            transfers = self._chunks(mine.expand(self.world_size, -1), received, backend, self.chunk, _TAG, self._calls)
         else:
             transfers = self._collective(kind, mine, received, backend)
         return copied_to(received, transfers, payload.device)
@@ -124,17 +131,19 @@ class ProcessGroupTransport:
             else:  # gloo's own all-gather is a ring of W - 1 steps
                 rows = mine.repeat(self.world_size) if kind == "all_gather" else mine.view(-1)
                 work = backend.alltoall_base(received.view(-1), rows, [], [])
-        yield partial(self._wait, work)
+        yield partial(_wait, self._calls, work)
 
-    def begin_beside(self, payload: torch.Tensor) -> tuple[torch.Tensor, Iterator[Wait]]:
-        """As `begin`, but every row is sent at once, under a tag of its own; gloo only."""
+    def begin_beside(self, payload: torch.Tensor, calls: Calls) -> tuple[torch.Tensor, Iterator[Wait]]:
+        """As `begin`, but every row is sent whole, under a tag of its own; gloo only. calls: guards these calls."""
         mine, backend = self._readable(payload)
         received = mine.new_empty(self.world_size, mine.shape[-1])
         rows = mine.expand(self.world_size, -1)
-        transfers = self._chunks(rows, received, backend, max(mine.shape[-1], 1), _TAG_BESIDE)
+        transfers = self._chunks(rows, received, backend, mine.shape[-1], _TAG_BESIDE, calls)
         return copied_to(received, transfers, payload.device)
 
-    def _chunks(self, rows: torch.Tensor, received: torch.Tensor, backend: Any, most: int, tag: int) -> Iterator[Wait]:
+    def _chunks(
+        self, rows: torch.Tensor, received: torch.Tensor, backend: Any, most: int, tag: int, calls: Calls
+    ) -> Iterator[Wait]:
         rank, world_size, nbytes = self.rank, self.world_size, rows.shape[1]
         received[rank] = rows[rank]
         count = -(-nbytes // most)
@@ -142,16 +151,11 @@ class ProcessGroupTransport:
             begin, end = nbytes * chunk // count, nbytes * (chunk + 1) // count
             for step in range(1, world_size):
                 after, before = (rank + step) % world_size, (rank - step) % world_size
-                with self._calls.guarded():
+                with calls.guarded():
                     # The receive is posted first, so both directions flow at once. Gloo's all-to-all halves the rate.
                     coming = backend.recv([received[before, begin:end]], before, tag)
                     going = backend.send([rows[after, begin:end]], after, tag)
-                yield partial(self._wait, going, coming)
-
-    def _wait(self, *works: Any) -> None:
-        with self._calls.guarded():
-            for work in works:
-                work.wait()
+                yield partial(_wait, calls, going, coming)
 
     def _readable(self, payload: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The payload, contiguous in memory that its backend can read, and that backend."""
@@ -164,11 +168,20 @@ class ProcessGroupTransport:
         return payload.contiguous(), backend
 
 
+def _wait(calls: Calls, *works: Any) -> None:
+    with calls.guarded():
+        for work in works:
+            work.wait()
+
+
 class _Beside:
-    """A transport over the connections of another one, which another thread may use at the same time."""
+    """A transport over the connections of another one, which another thread may use at the same time.
+
+    An error of one does not stop the other: what is on its way there may still arrive.
+    """
 
     def __init__(self, main: ProcessGroupTransport) -> None:
-        self._main = main
+        self._main, self._calls = main, Calls(_LIBRARY, (RuntimeError,))
         self.rank, self.world_size = main.rank, main.world_size
         self.in_flight = max(main.world_size - 1, 1)
 
@@ -176,7 +189,7 @@ class _Beside:
         """See :class:`terncomm.transports.base.Overlapping`."""
         if payload.numel() == 0:
             return nothing_to_send(kind, payload, self.world_size)
-        return self._main.begin_beside(payload)
+        return self._main.begin_beside(payload, self._calls)
 
     def all_gather(self, payload: torch.Tensor) -> torch.Tensor:
         """See :class:`terncomm.transports.base.Transport`."""
