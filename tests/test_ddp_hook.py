@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import wire_bytes
 from torch import nn
+from torch.distributed._composable import replicate
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -918,6 +919,29 @@ def test_second_registration(on_ranks):
 def test_not_a_ddp_model():
     with pytest.raises(TypeError, match=r"wanted a DistributedDataParallel model, got Linear; wrap it first"):
         terncomm.register(nn.Linear(2, 2), "int8")
+
+
+def holders():
+    """What register says of a model that holds models of DDP, of replicate(), and of another library's class."""
+    pair = nn.ModuleDict({name: DistributedDataParallel(nn.Linear(4, 4)) for name in ("generator", "critic")})
+    torch.manual_seed(dist.get_rank())
+    wide = replicate(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    other = type("DistributedDataParallel", (nn.Linear,), {"__module__": "apex.parallel"})(2, 2)
+    told = [attempt(lambda model=model: terncomm.register(model, "terngrad"))[1] for model in (pair, wide, other)]
+    state = CommState(named_parameters=wide.named_parameters())
+    wide.register_comm_hook(state, terncomm.comm_hook)
+    wide(torch.randn(8, 64)).square().mean().backward()
+    return told, gradients(wide), state.stats()["coded_numel"]
+
+
+def test_models_that_ddp_models_are_in_or_that_are_like_them(on_ranks):
+    (told, here, coded), (_, there, _) = on_ranks(2, holders)
+    assert "it holds such models: register each of them, terncomm.register(model.generator, ...), terncomm." in told[0]
+    assert "got DDPSequential; it reduces its gradients already" in told[1]
+    assert "terncomm.CommState(named_parameters=model.named_parameters()), terncomm.comm_hook)" in told[1]
+    assert "got apex.parallel.DistributedDataParallel; wrap it first" in told[2]
+    assert coded == 2 * 64 * 64, "the plain pair works under replicate()"
+    assert all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Gradients of loops without DDP: the same bits as the DDP hook, arrays of any kind, and what is refused."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -229,6 +232,25 @@ def test_a_rank_that_calls_otherwise_later_is_told():
 
 def otherwise_over_gloo():
     return reduce_otherwise(ProcessGroupTransport(dist.new_group()))
+
+
+def test_reduce_gradients_forgets_models_that_are_gone():
+    """It holds the last ones used; steps of later ones go on, so that no noise is used twice."""
+    (transport,) = LocalTransport.world(1)
+    gone, steps = [], []
+    for _ in range(30):
+        model = nn.Linear(64, 64)
+        model(torch.ones(1, 64)).sum().backward()
+        for _ in range(2):
+            terncomm.reduce_gradients(model, "int8", transport)
+        gone.append(weakref.ref(model.weight))
+        (averager, _) = list(vars(transport)["_terncomm_averagers"].values())[-1]
+        steps.append(averager.step)
+        del model, averager
+    gc.collect()
+    assert [each() is None for each in gone] == [True] * 22 + [False] * 8
+    assert steps[:9] == [1] * 9
+    assert steps[9:19] == [3] * 9 + [5]
 
 
 def one_overlaps():

@@ -23,6 +23,8 @@ from terncomm.transports import Transport
 
 _log = logging.getLogger("terncomm")
 
+_NAMED = 5  # models that an error names at most
+
 _PYTHON_REDUCER = (
     "torch.compile with optimize_ddp='python_reducer' does not use DDP's buckets, which communication hooks need. Set "
     "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' (the default) before you construct DistributedDataParallel."
@@ -207,6 +209,28 @@ def _unwrap(model: torch.nn.Module) -> DistributedDataParallel:
                     f"{kind} is sharded by fully_shard, but torch {torch.__version__} does not allow to replace its "
                     "reduce-scatter: install a newer torch, with FSDPModule.set_custom_reduce_scatter"
                 )
-            alone = "" if dist.is_initialized() and dist.get_world_size() > 1 else ". One process needs no hook"
-            raise TypeError(f"wanted a DistributedDataParallel model, got {kind}; wrap it first: DDP(model){alone}")
+            raise TypeError(f"wanted a DistributedDataParallel model, got {_kind(model)}; {_advice(model)}")
     return inner
+
+
+def _kind(model: torch.nn.Module) -> str:
+    """The class of a model; with its module, if another library has named it like torch's."""
+    kind = type(model)
+    return kind.__name__ if kind.__name__ != DistributedDataParallel.__name__ else f"{kind.__module__}.{kind.__name__}"
+
+
+def _advice(model: torch.nn.Module) -> str:
+    """What to do with a model that is no DistributedDataParallel."""
+    held = [name for name, module in model.named_modules() if isinstance(module, DistributedDataParallel)]
+    if held:
+        some = ", ".join(f"terncomm.register(model.{name}, ...)" for name in held[:_NAMED])
+        more = f" and {len(held) - _NAMED} more" if len(held) > _NAMED else ""
+        return f"it holds such models: register each of them, {some}{more}"
+    if hasattr(model, "register_comm_hook"):
+        return (
+            "it reduces its gradients already, with a hook of its own to register, as replicate() does. Use the plain "
+            "pair: model.register_comm_hook(terncomm.CommState(named_parameters=model.named_parameters()), "
+            "terncomm.comm_hook)"
+        )
+    alone = "" if dist.is_initialized() and dist.get_world_size() > 1 else ". One process needs no hook"
+    return f"wrap it first: DDP(model){alone}"

@@ -1,6 +1,7 @@
 """Averages the gradients of any training loop, without DDP, over any transport: MPI, a process group, threads."""
 
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ Gradient = torch.Tensor | np.ndarray
 Parameters = nn.Module | Mapping[str, Gradient] | Iterable[Gradient] | Iterable[tuple[str, Gradient]]
 
 _CACHE = "_terncomm_averagers"
+_KEPT = 8  # averagers that reduce_gradients keeps: each holds its model's parameters
 
 
 class GradientAverager(GradientReducer):
@@ -232,8 +234,8 @@ def reduce_gradients(
         terncomm.reduce_gradients(model, "terngrad", transport)
         optimizer.step()
 
-    The state between calls is kept in the transport object. For statistics and checkpoints, use
-    :class:`GradientAverager` directly.
+    The state between calls is kept in the transport object, for the 8 models or sets of gradients that were used last.
+    For statistics and checkpoints, use :class:`GradientAverager` directly.
 
     Args:
         params: a module, or parameters: their `grad` is replaced. Or gradients themselves, in an iterable or by name in
@@ -268,7 +270,7 @@ def reduce_gradients(
         raise TypeError(f"wanted parameters or gradients, got both: {named[given.index(False)][0]} is no parameter")
     tensors = [] if any(given) else [(name, _writable(name, each)) for name, each in named]
     what: list[Any] = [(name, tuple(each.shape), each.dtype) for name, each in tensors]
-    known = vars(transport).setdefault(_CACHE, {})
+    known = vars(transport).setdefault(_CACHE, _Averagers())
     given_options = {n: sorted(o) if isinstance(o, (set, frozenset)) else o for n, o in options.items()}
     key = repr((what or [id(p) for _, p in named], codec, sorted(given_options.items())))
     needed = [isinstance(p, torch.Tensor) and p.requires_grad for _, p in named]
@@ -287,6 +289,8 @@ def reduce_gradients(
             raise
         if before is not None:  # requires_grad of a parameter has changed; continue its steps
             known[key][0].load_state_dict(before[0].state_dict())
+        known.forget_oldest(made=before is None, key=key)
+    known.move_to_end(key)
     averager: GradientAverager = known[key][0]
     if step is not None:
         averager.load_state_dict({"step": step - 1, "seed": averager.seed})
@@ -296,6 +300,23 @@ def reduce_gradients(
     for (_, mine), mean in zip(tensors, averager.reduce_all([each for _, each in tensors]), strict=True):
         if mean is not mine:  # sparse
             mine.copy_(mean)
+
+
+class _Averagers(OrderedDict[str, tuple[GradientAverager, list[bool]]]):
+    """The averagers that :func:`reduce_gradients` has made, the last used one at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = -1  # the highest step of an averager that was forgotten
+
+    def forget_oldest(self, *, made: bool, key: str) -> None:
+        """Keep the _KEPT last ones. made: that of `key` is new; its noise goes on after that of the forgotten ones."""
+        if made and self._step >= 0:
+            averager = self[key][0]
+            averager.load_state_dict({"step": self._step, "seed": averager.seed})
+        while len(self) > _KEPT:
+            _, (oldest, _) = self.popitem(last=False)
+            self._step = max(self._step, oldest.step)
 
 
 def _named(params: Parameters) -> list[tuple[str, Gradient]]:
