@@ -345,6 +345,15 @@ def refused_on_one():
     return attempt(lambda: terncomm.register(DistributedDataParallel(mlp()), codec))
 
 
+def broken_on_one():
+    """On rank 1 the cache of compiled kernels is damaged."""
+    model = DistributedDataParallel(mlp())
+    if dist.get_rank() != 1:
+        return attempt(lambda: terncomm.register(model, "int8"))
+    with mock.patch.object(ops, "compile_kernels", side_effect=EOFError("Ran out of input")):
+        return attempt(lambda: terncomm.register(model, "int8"))
+
+
 def pairs_of_subgroups():
     """Ranks 0, 1 and ranks 2, 3 train models of their own with the plain pair; gradients are rank + 1 everywhere."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -1009,6 +1018,15 @@ def test_options_refused_on_one_rank(on_ranks):
     for kind, text, seconds in (told[0], told[2]):
         assert kind == "ConfigurationsDiffer"
         assert "rank 1 refused its options: unknown codec 'int4'" in text
+        assert seconds < 10
+
+
+def test_any_error_on_one_rank_is_told(on_ranks):
+    told = on_ranks(3, broken_on_one)
+    assert told[1][:2] == ("EOFError", "Ran out of input")
+    for kind, text, seconds in (told[0], told[2]):
+        assert kind == "ConfigurationsDiffer"
+        assert "rank 1 refused its options: EOFError: Ran out of input" in text
         assert seconds < 10
 
 

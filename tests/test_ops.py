@@ -2,6 +2,7 @@
 
 import logging
 import math
+import tempfile
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -445,3 +446,23 @@ def test_a_device_without_kernels_is_told_once(caplog, monkeypatch):
         ops._function("narrow", SimpleNamespace(device=torch.device("cpu")))
         ops._function("narrow", SimpleNamespace(device=torch.device("meta")))
     assert [record.args for record in caplog.records] == [("peaks", "xpu"), ("pack", "xpu")]
+
+
+def test_the_folder_of_the_compile_lock_is_ones_own(monkeypatch, tmp_path):
+    """A folder that others can write to, or a link in its place, is refused; the lock follows no link."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = ops._private_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    target = tmp_path / "precious"
+    (folder / "compile.lock").symlink_to(target)
+    with ops._one_at_a_time():
+        assert not target.exists()
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="is not a folder that only you can write to"):
+        ops._private_folder()
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    elsewhere.chmod(0o700)
+    folder.symlink_to(elsewhere)
+    with pytest.raises(PermissionError, match="is not a folder that only you can write to"):
+        ops._private_folder()

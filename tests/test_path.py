@@ -136,6 +136,22 @@ def test_floats_are_added_in_rank_order(world_size, dtype):
         assert kinds == ([] if n == 0 else ["all_gather"] if small else ["all_to_all", "all_gather"])
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e38), (torch.float32, -3e38), (torch.float64, 1e308)])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_mean_that_is_finite_does_not_overflow(world_size, dtype, large):
+    """As DDP, which divides before it adds; what is not finite stays so."""
+    own = torch.ones(world_size, 9000, dtype=dtype)
+    own[:, 5000:] = large
+    own[0, 7] = torch.inf
+    own[1, 8001] = torch.nan
+    mean = reduced(Bucket([(Segments([9000]), None)]), own)
+    wanted = own[0].clone()
+    wanted[8001] = torch.nan
+    for each in mean:
+        assert torch.allclose(each, wanted, rtol=1e-6, atol=0, equal_nan=True)
+        assert same_bits(each, mean[0])
+
+
 @pytest.mark.parametrize("rows", ["whole", "in rows"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_parts_alone_whole_and_in_rows(world_size, rows):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from terncomm.codecs import CodecLike
-from terncomm.hooks.agreement import ConfigurationsDiffer
+from terncomm.hooks.agreement import agree_on
+from terncomm.hooks.connection import connect
 from terncomm.hooks.fsdp import register_fsdp
 from terncomm.hooks.fsdp1 import fsdp1_units, register_fsdp1
 from terncomm.hooks.nodes import connect_nodes, node_of
@@ -19,7 +21,7 @@ from terncomm.hooks.state import CommState
 from terncomm.layers import GROUPS
 from terncomm.path.stages import Stage
 from terncomm.torch_internals import comm_hook_of, uses_python_reducer, wrapped_module
-from terncomm.transports import Transport
+from terncomm.transports import Metered, Transport
 
 _log = logging.getLogger("terncomm")
 
@@ -133,10 +135,7 @@ def register(
         )
     if uses_python_reducer(ddp):
         raise RuntimeError(_PYTHON_REDUCER)
-    state: CommState | None = None
-    refusal: Exception | None = None
-    configuration: dict[str, Any]
-    node: list[int] = []
+    device = next(ddp.parameters()).device
     try:
         node = [] if intra_group is None else node_of(ddp.process_group, intra_group)
         state = CommState(
@@ -147,22 +146,15 @@ def register(
             transport=transport,
         )
         state.layers.adopt(ddp.module)
-        configuration = {**state.configuration(), "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3)}
+        configuration: dict[str, Any] = {
+            **state.configuration(),
+            "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3),
+        }
         configuration["ranks in intra_group"] = len(node)
-    except (TypeError, ValueError) as error:
-        refusal = error
-        configuration = {"refused": str(refusal)}
-    device = next(ddp.parameters()).device
-    # The other ranks are connecting, so a rank with invalid options connects too, and sends them the reason.
-    meeting = state or CommState(process_group=ddp.process_group, transport=transport)
-    try:
-        connection = meeting.meet(device, configuration)
-    except ConfigurationsDiffer:
-        if refusal is None:
-            raise
-    if state is None:
-        assert refusal is not None
-        raise refusal
+    except Exception as error:
+        _tell_refusal(error, ddp, transport, device)
+        raise
+    connection = state.meet(device, configuration)
     if node:
         assert connection is not None
         state.connect(connection.transport, connection, connect_nodes(connection, node, device))
@@ -171,6 +163,18 @@ def register(
     if state.rank == 0:
         _log.info("%s", state.summary())
     return state
+
+
+def _tell_refusal(
+    refusal: Exception, ddp: DistributedDataParallel, transport: Transport | None, device: torch.device
+) -> None:
+    """Tell the other ranks, which are connecting, why this one cannot register; they raise at once."""
+    why = str(refusal) if isinstance(refusal, (TypeError, ValueError)) else f"{type(refusal).__name__}: {refusal}"
+    with suppress(RuntimeError):  # ConfigurationsDiffer, or a rank has failed: this rank raises its own error
+        if transport is None:
+            connect(ddp.process_group, device, {"refused": why})
+        else:
+            agree_on({"refused": why}, Metered(transport), device=device)
 
 
 def _check_transport(transport: Any, refused: str) -> None:

@@ -10,6 +10,7 @@ import importlib
 import itertools
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,7 @@ def _one_at_a_time() -> Iterator[None]:
     try:
         import fcntl
 
-        lock = os.open(_private_folder() / "compile.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(_private_folder() / "compile.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except (ImportError, OSError):  # no flock, or no folder for the lock file
         yield
         return
@@ -84,13 +85,18 @@ def _private_folder() -> Path:
     """A folder in the temporary directory that only this user can write to; made if missing.
 
     Raises:
-        OSError: the folder cannot be made, or it belongs to another user.
+        OSError: the folder cannot be made; or it is no folder, belongs to another user, or others can write to it.
     """
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"terncomm-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if hasattr(os, "getuid") and (folder.is_symlink() or folder.stat().st_uid != user):
-        raise PermissionError(f"{folder} belongs to another user; set TMPDIR to a directory of your own")
+    if hasattr(os, "getuid"):
+        found = folder.lstat()  # one look, which does not follow a link
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
+            raise PermissionError(
+                f"{folder} is not a folder that only you can write to: remove it, or set TMPDIR to a directory of your "
+                "own"
+            )
     return folder
 
 

@@ -289,14 +289,30 @@ class Floats:
 
 
 def ordered_mean(rows: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
-    """Add up rows, (W, m) floats, in their order, and divide by `divisor`. out: (m,) of the same dtype."""
+    """Add up rows, (W, m) floats, in their order, and divide by `divisor`. out: (m,) of the same dtype.
+
+    Where a sum of finite numbers overflows, rows are divided before they are added, as DDP does.
+    """
     wide = torch.promote_types(rows.dtype, torch.float32)
     for begin in range(0, rows.shape[1], _AT_A_TIME):
         piece = rows[:, begin : begin + _AT_A_TIME]
-        total = piece[0].to(wide, copy=True)
-        for row in piece[1:]:
+        mean = _sum(piece, wide, 1.0) / divisor
+        finite = torch.isfinite(mean)
+        if mean.is_cuda or not finite.all():  # on CUDA, to look would make the host wait
+            mean = torch.where(finite, mean, _sum(piece, wide, divisor))
+        out[begin : begin + _AT_A_TIME] = mean
+
+
+def _sum(rows: torch.Tensor, wide: torch.dtype, divisor: float) -> torch.Tensor:
+    total = rows[0].to(wide, copy=True)
+    if divisor == 1.0:
+        for row in rows[1:]:
             total += row
-        out[begin : begin + _AT_A_TIME] = total / divisor
+        return total
+    total /= divisor
+    for row in rows[1:]:
+        total += row.to(wide) / divisor
+    return total
 
 
 class Statistics:
