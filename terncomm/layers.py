@@ -184,7 +184,8 @@ def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> di
     "embedding": the weight of an `nn.Embedding` or `nn.EmbeddingBag`, also if it is tied to another layer.
     "head": the last `nn.Linear` in the order of registration, unless it is the only module with a weight matrix.
     Also, for each embedding size, the last `nn.Linear` that has as many outputs as the embedding has rows, and fewer
-    inputs than outputs (a language model's head, wherever it is registered).
+    inputs than outputs (a language model's head, wherever it is registered). Layers without a trainable weight matrix
+    do not count.
     """
     found: dict[torch.Tensor, str] = {}
     vocabularies = set()
@@ -194,7 +195,7 @@ def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> di
             if "embedding" in groups:
                 found.update((p, "embedding") for p in own(module).values())
     if "head" in groups:
-        matrices = [m for m in model.modules() if any(p.dim() > 1 for p in own(m).values())]
+        matrices = [m for m in model.modules() if any(p.dim() > 1 and p.requires_grad for p in own(m).values())]
         linear = [m for m in matrices if isinstance(m, nn.Linear)]
         widening = {m.out_features: m for m in linear if m.out_features > m.in_features}  # the last of each width
         heads = [m for width, m in widening.items() if width in vocabularies]

@@ -828,6 +828,10 @@ class Tied(nn.Module):
         self.last = nn.Linear(16, 8)
 
 
+def frozen():
+    return nn.Linear(4, 4).requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     ("model", "groups", "found"),
     [
@@ -838,6 +842,12 @@ class Tied(nn.Module):
         (nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(4, 4), nn.ReLU()), ("head",), {"1": "head"}),
         (nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 1, 3)), ("head",), {"0": "head"}),
         (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), ("head",), {}),
+        (nn.Sequential(frozen(), nn.Linear(4, 4)), ("head",), {}),
+        (
+            nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(4, 4), nn.Linear(4, 2).requires_grad_(False)),
+            ("head",),
+            {"1": "head"},
+        ),
         (nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)), ("head", "embedding"), {}),
     ],
     ids=lambda value: value._get_name() if isinstance(value, nn.Module) else str(value),
