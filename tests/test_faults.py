@@ -56,7 +56,7 @@ STAGES = {  # where the steps of the path are looked up
     "check": (reduce, "check"),  # the headers of all ranks have come
     "encode": (ops, "encode_pack"),
     "exchange": (transports.ProcessGroupTransport, "begin"),  # on the thread that owns the wire
-    "wait": (transports.ProcessGroupTransport, "_wait"),  # there, too
+    "wait": (transports.process_group, "_wait"),  # there, too
     "add": (Codes, "combine"),
     "decode": (Codes, "unpack"),
 }

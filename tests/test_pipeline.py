@@ -170,6 +170,46 @@ def test_an_error_beside_lets_the_path_before_end():
     assert told == [("boom", "exchange")]
 
 
+def test_a_header_that_cannot_begin_leaves_no_path_before_it_waiting():
+    """The first path's header is under way when the second's cannot begin: the transport beside is lost for both."""
+    second_asks = threading.Event()
+
+    class Lost(Chunked):
+        in_flight = 10
+
+        def begin(self, kind, payload):
+            if payload[0] == 99:
+                raise OSError("closed")
+            received, _ = super().begin(kind, payload)
+
+            def lost():
+                raise OSError("lost")
+
+            def transfers():
+                yield lost
+                assert second_asks.wait(10)
+                time.sleep(0.1)
+
+            return received, transfers()
+
+    class Main(Recorded):
+        def __init__(self, inner):
+            super().__init__(inner)
+            self.beside = Lost(inner)
+
+    def path(number):
+        if number == 99:
+            second_asks.set()
+        yield Message("all_gather", octets(number), ahead=True)
+        yield Message("all_gather", octets(number), last=True)
+
+    (outcomes,), failed = pipelined(lambda rank: [(path(number), Clock()) for number in (7, 99, 8)], 1, Main)
+    assert len(failed) == 1
+    words = list(map(str, outcomes))
+    assert "closed" in words[1] or "lost" in words[0]
+    assert all("closed" in each or "lost" in each for each in words)
+
+
 def test_a_path_has_one_message_that_goes_ahead():
     """A second could be paired with the header of another path."""
 

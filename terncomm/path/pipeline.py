@@ -19,7 +19,7 @@ rank; collectives issued from them pair up wrongly, on gloo without any error.
 import logging
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +52,7 @@ class _Job:
         self.threads = torch.get_num_threads()  # torch keeps this setting per thread
         self.outcome: torch.futures.Future[Any] = torch.futures.Future()
         self.may_use = {id(each) for main in transports.values() for each in (main, beside(main)) if each is not None}
+        self.unanswered: Counter[int] = Counter()  # messages that were sent, by id of the transport
         self.held: Ticket | None = None  # a message that waits until it is this path's turn to send
         self.starts = False  # the path goes on as soon as the held message is sent
         self.wanted: Ticket | None = None
@@ -113,6 +114,7 @@ class _Job:
                     self.may_use.clear()
                 elif ticket.transport is not self.transports[ticket.message.group]:
                     self.may_use.discard(id(ticket.transport))
+                self.unanswered[id(ticket.transport)] += 1
                 wires.send(ticket)
                 if self.starts:
                     self.advance(ticket)
@@ -247,10 +249,12 @@ def _compute(inbox: _Inbox) -> None:
             elif isinstance(item, _Job):
                 jobs.append(item)
                 item.advance(None)
-            elif item.sender.wanted is item:
-                rows, item.rows = item.rows, None
-                item.sender.advance(rows)
-                del rows
+            else:
+                item.sender.unanswered[id(item.transport)] -= 1
+                if item.sender.wanted is item:
+                    rows, item.rows = item.rows, None
+                    item.sender.advance(rows)
+                    del rows
             failed = _settle(jobs, wires)
         del item  # else its tensors would be kept alive while `get` waits
     wires.close()
@@ -259,13 +263,14 @@ def _compute(inbox: _Inbox) -> None:
 def _blame(failure: WireFailed, jobs: deque[_Job]) -> None:
     """Fail the job whose message failed.
 
-    Jobs before it that send over the same transport cannot end any more, so it comes first. If the message went ahead
-    over a transport of its own, the jobs before it go on.
+    It comes first if a job before it needs the same transport, for that one cannot end any more. Else the jobs before
+    it go on: the message went ahead, over a transport of its own.
     """
     job = failure.sender if failure.sender in jobs else jobs[0]
     if job.error is None:
         job.fail(failure.error, "exchange")
-    if any(failure.transport is each for each in job.transports.values()):
+    lost, earlier = id(failure.transport), list(jobs)[: jobs.index(job)]
+    if any(lost in each.may_use or each.unanswered[lost] for each in earlier if not each.ended):
         jobs.remove(job)
         jobs.appendleft(job)
 

@@ -267,7 +267,7 @@ def test_a_saved_state_continues_identically(on_ranks, how, named, codec):
     told = on_ranks(2, continued, codec, how, named)
     assert not any(isinstance(rank, str) for rank in told), told[0]
     for (through, again), saved, stats in told:
-        assert saved == {"step": 9, "seed": SEED}
+        assert saved == {"step": 9, "seed": SEED, "enabled": True}
         assert (stats["steps"], stats["coded_numel"]) == (5, 5 * (7 * 1600 + 1200))
         assert same(through, told[0][0][0])
         assert same(again, through), "the copy went another way"
