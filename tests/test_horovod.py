@@ -63,8 +63,10 @@ def results(launcher, ranks, folder, *arguments):
 
 
 @built
-@pytest.mark.parametrize(("launcher", "ranks"), [("gloo", 2), ("gloo", 4), ("mpi", 2), ("mpi", 4)])
-@pytest.mark.parametrize("codec", ["terngrad", "int8"])
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "codec"),
+    [("gloo", 2, "int8"), ("gloo", 4, "terngrad"), ("mpi", 2, "terngrad"), ("mpi", 4, "int8")],  # every pair of these
+)
 def test_the_same_bits_as_over_threads(launcher, ranks, codec, tmp_path):
     """And so as the DDP hook's: tests/test_loop.py."""
     wanted = LocalTransport.run(ranks, lambda transport: digest(transport, codec))

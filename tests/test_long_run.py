@@ -1,4 +1,4 @@
-"""Five thousand steps take no more memory, descriptors or threads than a thousand; nor do many models in turn."""
+"""Three thousand steps take no more memory, descriptors or threads than a thousand; nor do many models in turn."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
 
-STEPS = 5_000
+STEPS = 3_000
 
 
 def resources():
