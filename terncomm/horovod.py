@@ -281,10 +281,8 @@ def _kind(base: Any, module: str) -> Any:
             self._refuse_under_way("load_state_dict()")
             super().load_state_dict(state_dict)
             self.param_groups[0].setdefault(_STEP, -1)  # if it was saved without terncomm
-            if self.averager is not None and not self.param_groups[0].get(_ENABLED, self.averager.enabled):
-                self.averager.disable()
-            elif self.averager is not None:
-                self.averager.enable()
+            if self.averager is not None and (enabled := self.param_groups[0].get(_ENABLED)) is not None:
+                (self.averager.enable if enabled else self.averager.disable)()
             self._synchronized = False
 
     Distributed.__name__ = Distributed.__qualname__ = base.__name__

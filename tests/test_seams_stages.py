@@ -371,6 +371,7 @@ def test_stages_are_a_sequence_of_frozen_dataclasses():
         CommState(stages=Residual())
     with pytest.raises(TypeError, match=r"stages: Bare must be a frozen dataclass itself"):
         CommState(stages=[Bare()])
+    assert CommState(stages=(each for each in [Residual()])).options.stages == (Residual(),)
     assert Residual().keeps_state
     assert not Rotation().keeps_state
 

@@ -185,6 +185,18 @@ class IntegerCodec(Codec):
         return None
 
 
+def check_frozen(what: str, thing: object, why: str, *, told_by_repr: bool = False) -> None:
+    """Raise a TypeError unless the class of `thing` is a frozen dataclass itself, not only by inheritance.
+
+    what, why: for the message: what `thing` is, and why it must be. told_by_repr: it must have the repr of a dataclass.
+    """
+    own = vars(type(thing)).get("__dataclass_params__")
+    if own is None or not own.frozen or (told_by_repr and not own.repr):
+        raise TypeError(
+            f"{what}: {type(thing).__name__} must be a frozen dataclass itself, @dataclass(frozen=True): {why}"
+        )
+
+
 def uniform(segments: Segments, key: Key, *, rank: int, world_size: int, device: torch.device) -> torch.Tensor:
     """Rounding noise for `encode`: (segments.numel,) float32 in [0, 1), in dense order, multiples of 2^-24.
 

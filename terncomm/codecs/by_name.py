@@ -2,7 +2,7 @@
 
 import difflib
 
-from terncomm.codecs.base import Codec, Half
+from terncomm.codecs.base import Codec, Half, check_frozen
 from terncomm.codecs.int8 import Int8
 from terncomm.codecs.ternary import Ternary
 
@@ -28,12 +28,7 @@ def codec_for(codec: "str | Codec") -> Codec:
     Int8(block=2048, returned='int8')
     """
     if isinstance(codec, Codec):
-        own = vars(type(codec)).get("__dataclass_params__")
-        if own is None or not own.frozen:
-            raise TypeError(
-                f"codec: {type(codec).__name__} must be a frozen dataclass itself, @dataclass(frozen=True): its fields "
-                "are its configuration, which ranks compare by its repr"
-            )
+        check_frozen("codec", codec, "its fields are its configuration, which ranks compare by its repr")
         return codec
     if not isinstance(codec, str):
         raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}{_hint(codec)}")

@@ -58,7 +58,7 @@ class Options:
             object.__setattr__(self, name, value)  # one way to write each value: ranks compare them in words
         check_exchange(self.exchange)
         object.__setattr__(self, "seed", Key(self.seed).seed)
-        Staging(self.stages)
+        object.__setattr__(self, "stages", Staging(self.stages).stages)
 
     def compared(self) -> dict[str, Any]:
         """The options that ranks compare before the first bucket, as JSON values."""
@@ -68,5 +68,5 @@ class Options:
             "min_numel": self.min_numel,
             "warmup_steps": self.warmup_steps,
             "exchange": self.exchange,
-            "stages": repr(tuple(self.stages)),
+            "stages": repr(self.stages),
         }

@@ -296,22 +296,17 @@ def ordered_mean(rows: torch.Tensor, divisor: float, out: torch.Tensor) -> None:
     wide = torch.promote_types(rows.dtype, torch.float32)
     for begin in range(0, rows.shape[1], _AT_A_TIME):
         piece = rows[:, begin : begin + _AT_A_TIME]
-        mean = _sum(piece, wide, 1.0) / divisor
+        mean = _sum(piece, wide) / divisor
         finite = torch.isfinite(mean)
         if mean.is_cuda or not finite.all():  # on CUDA, to look would make the host wait
-            mean = torch.where(finite, mean, _sum(piece, wide, divisor))
+            mean = torch.where(finite, mean, _sum(piece.to(wide) / divisor, wide))
         out[begin : begin + _AT_A_TIME] = mean
 
 
-def _sum(rows: torch.Tensor, wide: torch.dtype, divisor: float) -> torch.Tensor:
+def _sum(rows: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     total = rows[0].to(wide, copy=True)
-    if divisor == 1.0:
-        for row in rows[1:]:
-            total += row
-        return total
-    total /= divisor
     for row in rows[1:]:
-        total += row.to(wide) / divisor
+        total += row
     return total
 
 

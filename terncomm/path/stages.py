@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from terncomm.codecs.base import check_frozen
 from terncomm.path.account import Context
 from terncomm.path.message import Path
 from terncomm.segments import Segments
@@ -196,12 +197,8 @@ class Staging:
 def _check(stage: object) -> None:
     if not isinstance(stage, Stage):
         raise TypeError(f"stages: wanted a terncomm.path.stages.Stage, got {stage!r}")
-    own = vars(type(stage)).get("__dataclass_params__")
-    if own is None or not own.frozen or not own.repr:
-        raise TypeError(
-            f"stages: {type(stage).__name__} must be a frozen dataclass itself, @dataclass(frozen=True): ranks and "
-            "checkpoints compare stages by their repr, which must name every option"
-        )
+    why = "ranks and checkpoints compare stages by their repr, which must name every option"
+    check_frozen("stages", stage, why, told_by_repr=True)
 
 
 def _in_place(stage: Stage, method: str, returned: object) -> None:

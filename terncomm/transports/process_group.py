@@ -62,11 +62,13 @@ class ProcessGroupTransport:
         """See :func:`terncomm.transports.base.beside`. None if not all of the group is gloo: others have no tags."""
         if (found := self._beside()) is not None:
             return found
+        if self._group is None or self.world_size == 1:
+            return None
         names = set()
         for device in ("cpu", "cuda"):
             with suppress(RuntimeError):  # the group has no backend for this device
                 names.add(backend_for(self._group, torch.device(device)).name())
-        if names != {"gloo"} or self.world_size == 1:
+        if names != {"gloo"}:
             return None
         made = _Beside(self)
         self._beside = weakref.ref(made)
