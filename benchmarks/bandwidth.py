@@ -65,9 +65,11 @@ def measure(rate: str, arguments: argparse.Namespace) -> list[dict[str, object]]
     """Rows of all codecs on links of `rate`."""
     command = ["--rank-of", rate, "--steps", str(arguments.steps), "--layers", str(arguments.layers)]
     try:
-        found = list(lines(__file__, command, arguments.ranks, rate))
+        rounds = [list(lines(__file__, command, arguments.ranks, rate)) for _ in range(arguments.rounds)]
     except NotPermitted as error:
         raise SystemExit(f"bandwidth.py: {error}") from None
+    # A connection may stay slow for all its life, so each round has new ones.
+    found = [{**same[0], "times": [each for one in same for each in one["times"]]} for same in zip(*rounds, strict=True)]
     base = statistics.median(found[0]["times"])
     rows = []
     for one in found:
@@ -98,7 +100,8 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit", "none"], help="of tc, or none")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--layers", type=int, default=12, help="of 1024 x 1024")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="of each codec and round")
+    parser.add_argument("--rounds", type=int, default=3, help="new processes and connections for each")
     parser.add_argument("--record", action="store_true", help="write the rows to benchmarks/results/bandwidth.csv")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
