@@ -69,7 +69,9 @@ def measure(rate: str, arguments: argparse.Namespace) -> list[dict[str, object]]
     except NotPermitted as error:
         raise SystemExit(f"bandwidth.py: {error}") from None
     # A connection may stay slow for all its life, so each round has new ones.
-    found = [{**same[0], "times": [each for one in same for each in one["times"]]} for same in zip(*rounds, strict=True)]
+    found = [
+        {**same[0], "times": [each for one in same for each in one["times"]]} for same in zip(*rounds, strict=True)
+    ]
     base = statistics.median(found[0]["times"])
     rows = []
     for one in found:

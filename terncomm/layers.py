@@ -1,7 +1,7 @@
 """Which parameters of a model go through a codec, which do not, and where both lie in a bucket."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -9,15 +9,10 @@ from torch import nn
 from terncomm.codecs import Codec, IntegerCodec, Rules
 from terncomm.codecs.rules import DEFAULT, matches
 from terncomm.segments import Segments
+from terncomm.structure import GROUPS, Own, holders, own_parameters, structural
 from terncomm.torch_internals import WRAPPERS
 
-GROUPS = ("embedding", "head")
 _WRAPPERS = re.compile(rf"\b({'|'.join(WRAPPERS)})(\.|$)")
-Own = Callable[[nn.Module], Mapping[str, torch.Tensor]]  # module -> its own parameters, by name
-
-
-def _own(module: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(module.named_parameters(recurse=False))
 
 
 class Layers:
@@ -66,9 +61,10 @@ class Layers:
         self.numbers = {parameter: number for number, parameter in enumerate(found)}
         self._skipped = matching("skip", self.skip, self.names)
         self._kinds: dict[torch.Tensor, frozenset[str]] = {}  # group, "norm", module class names
-        self._known: dict[torch.Tensor, Codec | None] = {}
+        self._known: dict[torch.Tensor, tuple[Codec | None, str]] = {}
+        self.adopted = False  # whether `adopt` was called: else no groups are known
 
-    def adopt(self, model: nn.Module, own: Own = _own) -> None:
+    def adopt(self, model: nn.Module, own: Own = own_parameters) -> None:
         """Find the groups and module classes of the parameters of `model`.
 
         Args:
@@ -79,15 +75,14 @@ class Layers:
             ValueError: the pattern of a rule matches no parameter.
         """
         kinds: dict[torch.Tensor, set[str]] = {}
-        for module in model.modules():
-            for parameter in own(module).values():
-                kinds.setdefault(parameter, set()).add(type(module).__name__)
-        for parameter, group in structural(model, GROUPS, own).items():
-            kinds.setdefault(parameter, set()).add(group)
-        for module in model.modules():
-            if "Norm" in type(module).__name__:
-                for parameter in own(module).values():
+        for each in holders(model, own):
+            for parameter in each.parameters.values():
+                kinds.setdefault(parameter, set()).add(each.kind)
+                if "Norm" in each.kind:
                     kinds[parameter].add("norm")
+        for parameter, group in structural(model, GROUPS, own).items():
+            kinds[parameter].add(group)
+        self.adopted = True
         self._kinds = {parameter: frozenset(found) for parameter, found in kinds.items()}
         self._known.clear()
         classes = {name for found in self._kinds.values() for name in found}
@@ -95,23 +90,32 @@ class Layers:
 
     def codec_of(self, parameter: torch.Tensor) -> Codec | None:
         """The codec of this parameter's gradient after warm-up; None: averaged without a codec."""
+        return self._decide(parameter)[0]
+
+    def why_exact(self, parameter: torch.Tensor) -> str:
+        """Why this parameter uses no codec: "skip", "rule", "dtype", "small" or its group; "" if it uses one."""
+        return self._decide(parameter)[1]
+
+    def _decide(self, parameter: torch.Tensor) -> tuple[Codec | None, str]:
         if parameter not in self._known:
             self._known[parameter] = self._find(parameter)
         return self._known[parameter]
 
-    def _find(self, parameter: torch.Tensor) -> Codec | None:
+    def _find(self, parameter: torch.Tensor) -> tuple[Codec | None, str]:
         number = self.numbers.get(parameter, len(self.names))
         name = self.names[number] if number < len(self.names) else ""
-        if name in self._skipped or not parameter.is_floating_point():
-            return None
+        if name in self._skipped:
+            return None, "skip"
+        if not parameter.is_floating_point():
+            return None, "dtype"
         kinds = self._kinds.get(parameter, frozenset())
         pattern, codec = self.rules.match(name, kinds)
         if isinstance(codec, IntegerCodec):
             if parameter.dim() < 2 or parameter.numel() < self.min_numel:
-                return None
-            if pattern == DEFAULT and kinds.intersection(self.exempt):
-                return None
-        return codec
+                return None, "small"
+            if pattern == DEFAULT and (exempt := sorted(kinds.intersection(self.exempt))):
+                return None, exempt[0]
+        return codec, "" if codec is not None else "rule"
 
     def codes(self, parameter: torch.Tensor) -> bool:
         """Whether this parameter's gradient goes through a codec after warm-up."""
@@ -176,34 +180,6 @@ def _segments(rows: list[tuple[int, int, int]]) -> Segments:
 def clean(name: str) -> str:
     """A parameter's name without the names that FSDP1, torch.compile and activation checkpointing add to it."""
     return _WRAPPERS.sub("", name).rstrip(".")
-
-
-def structural(model: nn.Module, groups: Collection[str], own: Own = _own) -> dict[torch.Tensor, str]:
-    """Find the parameters of embeddings and of the output head by the model's structure: parameter -> group.
-
-    "embedding": the weight of an `nn.Embedding` or `nn.EmbeddingBag`, also if it is tied to another layer.
-    "head": the last `nn.Linear` in the order of registration, unless it is the only module with a weight matrix.
-    Also, for each embedding size, the last `nn.Linear` that has as many outputs as the embedding has rows, and fewer
-    inputs than outputs (a language model's head, wherever it is registered). Layers without a trainable weight matrix
-    do not count.
-    """
-    found: dict[torch.Tensor, str] = {}
-    vocabularies = set()
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            vocabularies.add(module.num_embeddings)
-            if "embedding" in groups:
-                found.update((p, "embedding") for p in own(module).values())
-    if "head" in groups:
-        matrices = [m for m in model.modules() if any(p.dim() > 1 and p.requires_grad for p in own(m).values())]
-        linear = [m for m in matrices if isinstance(m, nn.Linear)]
-        widening = {m.out_features: m for m in linear if m.out_features > m.in_features}  # the last of each width
-        heads = [m for width, m in widening.items() if width in vocabularies]
-        if linear and len(matrices) > 1:
-            heads.append(linear[-1])
-        for head in heads:
-            found.update((p, "head") for p in own(head).values() if p not in found)
-    return found
 
 
 def matching(what: str, patterns: Collection[str], names: Iterable[str]) -> set[str]:

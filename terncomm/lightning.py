@@ -8,7 +8,6 @@ Lightning ignores its own `DDPStrategy(ddp_comm_hook=...)` on CPU, without a war
 Fabric, register the module that it returns: `terncomm.register(fabric.setup(model, optimizer)[0], "terngrad")`.
 """
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 from terncomm.codecs import Codec
 from terncomm.hooks import register
 from terncomm.hooks.reducer import GradientReducer
+from terncomm.transports.launched import tell_of_one_process
 from terncomm.watch import Watch
-
-_log = logging.getLogger("terncomm")
 
 
 def _callback() -> Any:
@@ -53,7 +51,7 @@ class CompressGradients(_callback()):  # type: ignore[misc]
     Raises:
         ModuleNotFoundError: Lightning is not installed.
         TypeError: at the start of training, if :func:`terncomm.register` does not accept the strategy's model. With one
-            process nothing is registered, and nothing is raised.
+            process nothing is registered; if a launcher has started more, a warning says so.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class CompressGradients(_callback()):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Register the hook, and continue after the last step of the checkpoint or of the last `fit`."""
         if trainer.world_size == 1:
-            _log.info("one process: there is nothing to compress")
+            tell_of_one_process("Lightning", 'Give Trainer(strategy="ddp", devices=..., num_nodes=...)')
             return
         model, before = trainer.strategy.model, self._saved or self.state_dict()
         if self.state is None or model is not self._model:  # a second fit() has another DDP model

@@ -98,6 +98,11 @@ def timeout_of(backend: Any) -> timedelta:
     return getattr(options, "_timeout", None) or dist.default_pg_timeout
 
 
+def set_timeout(backend: Any, timeout: timedelta) -> None:
+    """Set the timeout of a gloo or NCCL backend, for calls to come: `Backend._set_default_timeout`, 2.6 to 2.13."""
+    _read(backend, "Backend", "_set_default_timeout", "to follow a change of the timeout")(timeout)
+
+
 def gloo_options_like(backend: Any, timeout: timedelta) -> Any:
     """Options for a new gloo backend: network interfaces and number of threads of `backend`, and another timeout.
 

@@ -8,13 +8,13 @@
 With Accelerate alone, register the model that it returns: `terncomm.register(accelerator.prepare(model), "terngrad")`.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from terncomm.codecs import Codec
 from terncomm.hooks import register
 from terncomm.hooks.reducer import GradientReducer
+from terncomm.transports.launched import tell_of_one_process
 from terncomm.watch import Watch
 
 try:
@@ -23,9 +23,6 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
         f"terncomm.transformers needs transformers ({missing}): pip install 'transformers[torch]'"
     ) from None
-
-
-_log = logging.getLogger("terncomm")
 
 
 class CompressGradients(TrainerCallback):  # type: ignore[misc]
@@ -45,7 +42,7 @@ class CompressGradients(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         TypeError: at the start of training, if :func:`terncomm.register` does not accept the Trainer's model. With one
-            process nothing is registered, and nothing is raised.
+            process nothing is registered; if a launcher has started more, a warning says so.
     """
 
     def __init__(
@@ -67,7 +64,7 @@ class CompressGradients(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Register the hook, and continue at the Trainer's step."""
         if args.world_size == 1:
-            _log.info("one process: there is nothing to compress")
+            tell_of_one_process("the Trainer", "On CPU, give TrainingArguments(use_cpu=True)")
             return
         self.on_train_end(args, state, control)  # closes the Watch of a training that was interrupted
         if self.state is None or self._model is not self._trainer.model_wrapped:  # train() may be called again

@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 import terncomm
 from terncomm import CommState, Int8, Ternary, ops
 from terncomm.codecs import codec_for
+from terncomm.hooks import reducer
 from terncomm.hooks.agreement import differences
 from terncomm.keys import Key
-from terncomm.layers import structural
 from terncomm.reduce import all_reduce_mean
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, Metered
@@ -308,7 +308,38 @@ def clip_warnings(exempt):
             model.zero_grad()
             model(words(step, 8)).logsumexp(1).mean().backward()
     stats = state.stats()
-    return [str(one.message) for one in caught], {k: v for k, v in stats.items() if k.startswith("clip_norm_lost/")}
+    told = [str(one.message) for one in caught if "clipping" in str(one.message)]
+    return told, {k: v for k, v in stats.items() if k.startswith("clip_norm_lost/")}
+
+
+def told_of_coverage(way):
+    """Warnings and log lines on this rank of ways to give terncomm a tagger: a model, or its parameters alone."""
+    reducer._structure_warned = False  # ranks are kept for other tests
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("terncomm")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    model = Language(words=4096)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if way == "register":
+                terncomm.register(DistributedDataParallel(model), "terngrad")
+            elif way == "averager":
+                terncomm.GradientAverager(model, "terngrad")
+            elif way == "parameters":
+                for _ in range(2):
+                    terncomm.GradientAverager(list(model.named_parameters()), "terngrad")
+            else:
+                wrapped = DistributedDataParallel(model)
+                wrapped.register_comm_hook(CommState(), terncomm.comm_hook)
+                wrapped(words(0, 8)).sum().backward()
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    return [str(one.message) for one in caught], [line for line in lines if "coded" in line]
 
 
 def attempt(function, *args):
@@ -805,72 +836,34 @@ def test_which_parameters_are_coded(on_ranks, options, coded):
         assert coded_numel + exact_numel == sum(sizes.values())
 
 
-class Position(nn.Module):
-    """A context as long as the model is wide: the projections of its blocks are no heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(100, 32)
-        self.places = nn.Embedding(32, 32)
-        self.lm = nn.Linear(32, 100)
-        self.body = nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32), nn.Linear(32, 32))
-        self.last = nn.Linear(32, 8)
-
-
-class Tied(nn.Module):
-    """A head that is the embedding, and a projection registered after it."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.EmbeddingBag(100, 16)
-        self.head = nn.Linear(16, 100)
-        self.head.weight = self.words.weight
-        self.last = nn.Linear(16, 8)
-
-
-def frozen():
-    return nn.Linear(4, 4).requires_grad_(False)
-
-
-@pytest.mark.parametrize(
-    ("model", "groups", "found"),
-    [
-        (Tied(), ("embedding", "head"), {"words.weight": "embedding", "head.bias": "head", "last": "head"}),
-        (Position(), ("head",), {"lm": "head", "last": "head"}),
-        (Tied(), ("head",), {"words.weight": "head", "head.bias": "head", "last": "head"}),
-        (Tied(), ("embedding",), {"words.weight": "embedding"}),
-        (nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(4, 4), nn.ReLU()), ("head",), {"1": "head"}),
-        (nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 1, 3)), ("head",), {"0": "head"}),
-        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), ("head",), {}),
-        (nn.Sequential(frozen(), nn.Linear(4, 4)), ("head",), {}),
-        (
-            nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(4, 4), nn.Linear(4, 2).requires_grad_(False)),
-            ("head",),
-            {"1": "head"},
-        ),
-        (nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)), ("head", "embedding"), {}),
-    ],
-    ids=lambda value: value._get_name() if isinstance(value, nn.Module) else str(value),
-)
-def test_embeddings_and_heads_are_found_by_structure(model, groups, found):
-    names = {p: name for name, p in model.named_parameters()}
-    wanted = {}
-    for name, group in found.items():
-        wanted.update({n: group for n in names.values() if n == name or n.startswith(name + ".")})
-    assert {names[p]: group for p, group in structural(model, groups).items()} == wanted
-
-
 def test_clipping_is_warned_of_once(on_ranks):
     told = on_ranks(2, clip_warnings, ())
     assert [len(messages) for messages, _ in told] == [1, 0], "once, on rank 0"
     assert "words.weight" in told[0][0][0]
-    assert "clipping takes" in told[0][0][0]
+    assert "clipping takes much of the gradient norm of some layers" in told[0][0][0]
     for _, lost in told:
         assert 0.3 < lost["clip_norm_lost/words.weight"] < 1
         assert 0 <= lost["clip_norm_lost/body.2.weight"] < 0.3
     for messages, lost in on_ranks(2, clip_warnings, ("embedding",)):
         assert messages == []
         assert set(lost) == {"clip_norm_lost/body.0.weight", "clip_norm_lost/body.2.weight"}
+
+
+@pytest.mark.parametrize("way", ["register", "averager"])
+def test_a_model_that_is_hardly_compressed_is_told(on_ranks, way):
+    (warned, logged), (quiet, silent) = on_ranks(2, told_of_coverage, way)
+    assert len(warned) == 1
+    assert "words.weight (embedding" in warned[0]
+    assert "exempt: head.weight (head, 77.0%), words.weight (embedding" in logged[0]
+    assert quiet == silent == []
+
+
+@pytest.mark.parametrize("way", ["parameters", "plain"])
+def test_parameters_without_their_module_are_told_once(on_ranks, way):
+    (warned, _), (quiet, _) = on_ranks(2, told_of_coverage, way)
+    assert len(warned) == 1
+    assert "parameters without their module" in warned[0]
+    assert quiet == []
 
 
 # ---- registration, statistics, side effects --------------------------------------------------------------------------

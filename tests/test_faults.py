@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -221,6 +222,27 @@ def stuck():
         backward(model)
 
 
+def late_after_a_change(after_s, late_s):
+    """The timeout of the default group is changed after two steps, and the victim comes late to the fourth."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
+    terncomm.register(model, "terngrad")
+    for step in range(5):
+        if step == 2:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=after_s))
+        if step == 3 and dist.get_rank() == VICTIM:
+            time.sleep(late_s)
+        backward(model)
+
+
+def store_gone():
+    """Rank 0, which serves the store, ends before the others register."""
+    model = DistributedDataParallel(network())
+    if dist.get_rank() == 0:
+        os._exit(0)
+    time.sleep(1)
+    terncomm.register(model, "terngrad")
+
+
 def interrupted():
     """Ctrl-C reaches every rank of a terminal's job."""
     model = DistributedDataParallel(network(), bucket_cap_mb=0.1)
@@ -373,6 +395,26 @@ def test_a_rank_that_is_stuck_is_named_within_the_timeout(tmp_path):
         assert job[rank].status == 1
         assert f"No word from rank {VICTIM}" in job[rank].text
         assert job[rank].seconds < TIMEOUT_S + 2
+
+
+def test_a_timeout_that_is_raised_later_holds(tmp_path):
+    for end in run_job(3, late_after_a_change, 30.0, 5.0, directory=tmp_path, timeout_s=3.0):
+        assert end.status == 0, end.text
+
+
+def test_a_timeout_that_is_lowered_later_holds(tmp_path):
+    job = run_job(3, late_after_a_change, 3.0, 15.0, directory=tmp_path, timeout_s=60.0)
+    for rank in SURVIVORS:
+        assert job[rank].status == 1
+        assert f"No word from rank {VICTIM}" in job[rank].text
+        assert job[rank].seconds < 12
+
+
+def test_a_store_that_is_gone_is_told(tmp_path):
+    for end in run_job(3, store_gone, directory=tmp_path, timeout_s=TIMEOUT_S)[1:]:
+        assert end.status == 1
+        assert "RankFailed: the job's store cannot be reached: the rank that serves it, often rank 0" in end.text
+        assert end.seconds < TIMEOUT_S
 
 
 def test_ctrl_c_ends_every_rank(tmp_path):

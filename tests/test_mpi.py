@@ -86,12 +86,17 @@ def test_a_rank_that_leaves_is_named_to_the_others(tmp_path):
 
 def test_a_launcher_that_mpi_does_not_know_is_told(tmp_path):
     script = tmp_path / "alone.py"
-    script.write_text("import terncomm\nterncomm.transports.MPITransport()\n")
+    script.write_text(
+        "import terncomm\nfrom mpi4py import MPI\nprint(terncomm.transports.MPITransport(MPI.COMM_SELF).world_size)\n"
+        "terncomm.transports.MPITransport()\n"
+    )
     job = torchrun(script)
     text, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     assert "a launcher has started 2 processes (WORLD_SIZE), but MPI (" in text
     assert "start them with " in text
+    assert "or give comm=MPI.COMM_SELF" in text
+    assert "1\n" in text, "a communicator that is given is taken"
 
 
 def test_a_rank_that_is_silent_is_waited_for_no_longer_than_the_timeout(tmp_path):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from terncomm.layers import GROUPS, structural
 from terncomm.simulator import networks
 from terncomm.simulator.networks import NETWORKS, Network, Parameter, of_module
+from terncomm.structure import GROUPS, structural
 
 # Parameters and operations of the forward pass per sample. Images: torchvision's documentation of its weights
 # (num_params; GFLOPS, which count a multiplication and an addition as one). GPT-2: 124M, and nanoGPT's

@@ -10,11 +10,11 @@ from compare import parse_arguments
 from jobs import ROOT, ended, ended_but_copied, read, stop, torchrun
 from torch.nn import functional
 
-from terncomm.layers import structural
 from terncomm.simulator import workloads
 from terncomm.simulator.workloads import DataError, Options
 from terncomm.simulator.workloads.cifar10 import MEAN, STD, Images
 from terncomm.simulator.workloads.text import vocabulary_of
+from terncomm.structure import structural
 
 MNIST = {
     "train-images-idx3-ubyte": (60, 28, 28),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from terncomm.layers import GROUPS, structural
 from terncomm.simulator.fabric import GLOO, NCCL, Switched
 from terncomm.simulator.links import LINK_WORDS, Link, rate_text
 from terncomm.simulator.networks import NETWORKS, Network, of_module, of_size, parse_count
 from terncomm.simulator.plan import DEVICES, FP16, WORTH, Job, advice, plan
 from terncomm.simulator.reductions import CODECS
 from terncomm.simulator.workloads import module_of
+from terncomm.structure import GROUPS, structural
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ _log = logging.getLogger("terncomm")
 T = TypeVar("T")
 
 _POLL_S = 0.02  # longest pause between two looks into the store
+_UNREADABLE = 80  # bytes of a note that is not understood that an error shows
 _NOTICE_S = 10.0  # after waiting so long for other ranks, one warning is logged
 
 
@@ -101,15 +102,15 @@ class FailureNotes:
         store: of the group.
         ranks: global ranks, in the order of the group.
         rank: this rank's number in the group.
-        patience_s: seconds to wait for the notes of other ranks, and again for them to read this rank's.
+        limits: `patience_s` is how long to wait for the notes of other ranks, and again for them to read this rank's.
     """
 
-    def __init__(self, store: Store, ranks: list[int], rank: int, patience_s: float) -> None:
+    def __init__(self, store: Store, ranks: list[int], rank: int, limits: "Limits") -> None:
         self._store = store
         self._ranks = ranks
         self._rank = rank
         self._others = [other for other in range(len(ranks)) if other != rank]
-        self._patience_s = patience_s
+        self._limits = limits
         self._lost = self._posted = False
 
     def report(self, error: Exception, where: str, close_groups: Callable[[], None]) -> Exception:
@@ -137,7 +138,7 @@ class FailureNotes:
             self._try(lambda: self._store.set(f"note/{self._rank}", json.dumps(note)))
 
     def read(self) -> dict[int, dict[str, Any]] | None:
-        """Wait for the other ranks' notes, until all are there, one names a cause, or `patience_s` has passed.
+        """Wait for the other ranks' notes, until all are there, one names a cause, or time is up.
 
         Returns:
             Notes by rank in the group; None if the store is lost.
@@ -147,26 +148,26 @@ class FailureNotes:
         def enough() -> bool:
             for rank in self._others:
                 if rank not in notes and self._store.check([f"note/{rank}"]):
-                    notes[rank] = json.loads(self._store.get(f"note/{rank}"))
+                    notes[rank] = _note(self._store.get(f"note/{rank}"))
             return len(notes) == len(self._others) or any(not note["consequence"] for note in notes.values())
 
-        self._try(lambda: poll(enough, self._patience_s))
+        self._try(lambda: poll(enough, self._limits.patience_s))
         return None if self._lost else notes
 
     def wait_until_read(self) -> None:
-        """Wait at most `patience_s` until the others have read the notes: this process may serve the store."""
+        """Wait a while until the others have read the notes: this process may serve the store."""
 
         def heard() -> bool:
             self._store.set(f"heard/{self._rank}", "")
             return all(self._store.check([f"heard/{rank}"]) for rank in self._others)
 
-        self._try(lambda: poll(heard, self._patience_s))
+        self._try(lambda: poll(heard, self._limits.patience_s))
 
     def _try(self, use: Callable[[], Any]) -> None:
         if self._lost:
             return
         try:
-            within(self._patience_s + 1, use)
+            within(self._limits.patience_s + 1, use)
         except RuntimeError as error:
             self._lost = True
             _log.debug("the store is lost: %s", error)
@@ -190,6 +191,42 @@ class FailureNotes:
     def _named(self, rank: int) -> str:
         world = self._ranks[rank]
         return f"rank {world}" if world == rank else f"rank {world} ({rank} of its group)"
+
+
+def _note(received: bytes) -> dict[str, Any]:
+    """A rank's note, as it was posted; without control characters, for it is printed on other ranks' terminals."""
+    try:
+        note = json.loads(received)
+        where, text, consequence = note["where"], note["text"], bool(note["consequence"])
+    except (ValueError, KeyError, TypeError):
+        where, text, consequence = "a step", f"its note cannot be read: {received[:_UNREADABLE]!r}", False
+    return {"where": _printable(str(where)), "text": _printable(str(text)), "consequence": consequence}
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
+
+
+class Limits:
+    """How long the private group may wait: so long that a failure is told within the timeout of the framework's group.
+
+    That timeout may be changed at any time, so it is read again for each use.
+
+    Args:
+        theirs: the backend of the framework's group.
+    """
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds for each of two waits of a failing rank; see :class:`FailureNotes`."""
+        return min(5.0, timeout_of(self._theirs).total_seconds() / 10)
+
+    def timeout(self) -> timedelta:
+        """The timeout of the private group."""
+        return timeout_of(self._theirs) - timedelta(seconds=2 * self.patience_s)
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T:
@@ -234,7 +271,7 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
     """Wait for all ranks of `group`, make a private group over them, and compare configurations. Collective.
 
     Args:
-        group: the framework's process group; its timeout applies.
+        group: the framework's process group; its timeout applies, also when it is changed later.
         device: of the gradients.
         configuration: see :func:`terncomm.hooks.agreement.agree_on`.
 
@@ -243,28 +280,31 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
         ConfigurationsDiffer: ranks are configured differently.
     """
     theirs = backend_for(group, device)
-    limit = timeout_of(theirs)
-    patience_s = min(5.0, limit.total_seconds() / 10)  # see FailureNotes: it waits twice, still within the timeout
+    limits = Limits(theirs)
     rank, world_size = group.rank(), group.size()
     store = store_of(group)
     counter, whole = f"terncomm/connections/{rank}", store
-    store = PrefixStore(f"terncomm/{whole.add(counter, 1)}", whole)
-    ranks = dist.get_process_group_ranks(group)
-    notes = FailureNotes(store, ranks, rank, patience_s)
-    limit -= timedelta(seconds=2 * patience_s)
     try:
-        _meet(store, ranks, rank, limit.total_seconds())
+        number = within(limits.timeout().total_seconds(), lambda: whole.add(counter, 1))
+    except RuntimeError as error:
+        raise RankFailed(
+            f"the job's store cannot be reached: the rank that serves it, often rank 0, has ended or is stuck ({error})"
+        ) from error
+    store = PrefixStore(f"terncomm/{number}", whole)
+    ranks = dist.get_process_group_ranks(group)
+    notes = FailureNotes(store, ranks, rank, limits)
+    try:
+        _meet(store, ranks, rank, limits.timeout().total_seconds())
     except RankFailed:
         with suppress(RuntimeError):  # undo: a late rank must not count on this one, which may register again
             within(1.0, lambda: (store.delete_key(f"here/{rank}"), whole.add(counter, -1)))
         raise
-    try:
-        own = _backend_like(theirs, store, rank, world_size, limit) or _registered(ranks)
-    except RuntimeError as error:
-        lost = RankFailed(f"could not connect to the other ranks: {error}")
-        raise notes.report(lost, "connecting", lambda: None) from error
-    transport = ProcessGroupTransport(own)
-    del own
+
+    def opened(store: Store, some: list[int]) -> ProcessGroupTransport:
+        own = _backend_like(theirs, store, some.index(rank), len(some), limits.timeout())
+        if own is None:
+            return ProcessGroupTransport(_registered([ranks[each] for each in some], limits.timeout()))
+        return ProcessGroupTransport(own, limits.timeout)
 
     def adapted(transport: ProcessGroupTransport) -> ProcessGroupTransport:
         if theirs.name() == "gloo":
@@ -272,10 +312,13 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
         return transport
 
     def subgroup(name: str, some: list[int]) -> ProcessGroupTransport:
-        apart = PrefixStore(f"{name}/{some[0]}", store)
-        part = _backend_like(theirs, apart, some.index(rank), len(some), limit) or _registered([ranks[r] for r in some])
-        return adapted(ProcessGroupTransport(part))
+        return adapted(opened(PrefixStore(f"{name}/{some[0]}", store), some))
 
+    try:
+        transport = opened(store, list(range(world_size)))
+    except RuntimeError as error:
+        lost = RankFailed(f"could not connect to the other ranks: {error}")
+        raise notes.report(lost, "connecting", lambda: None) from error
     connection = Connection(Metered(transport), transport, notes, subgroup)
     try:
         agree_on(configuration, connection.transport, device=device)
@@ -329,6 +372,6 @@ def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: 
     return None
 
 
-def _registered(ranks: list[int]) -> Any:
+def _registered(ranks: list[int], limit: timedelta) -> Any:
     # Local synchronization: ranks outside this group need not take part.
-    return dist.new_group(ranks, use_local_synchronization=True)
+    return dist.new_group(ranks, timeout=limit, use_local_synchronization=True)

@@ -1,6 +1,5 @@
 """The hook for `torch.nn.parallel.DistributedDataParallel`."""
 
-import logging
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,12 +17,10 @@ from terncomm.hooks.fsdp1 import fsdp1_units, register_fsdp1
 from terncomm.hooks.nodes import connect_nodes, node_of
 from terncomm.hooks.sharded import ShardState
 from terncomm.hooks.state import CommState
-from terncomm.layers import GROUPS
 from terncomm.path.stages import Stage
+from terncomm.structure import GROUPS
 from terncomm.torch_internals import comm_hook_of, uses_python_reducer, wrapped_module
 from terncomm.transports import Metered, Transport
-
-_log = logging.getLogger("terncomm")
 
 _NAMED = 5  # models that an error names at most
 
@@ -160,8 +157,7 @@ def register(
         state.connect(connection.transport, connection, connect_nodes(connection, node, device))
     state.skips_buckets = skips_buckets
     ddp.register_comm_hook(state, comm_hook)
-    if state.rank == 0:
-        _log.info("%s", state.summary())
+    state.announce()
     return state
 
 

@@ -164,4 +164,5 @@ def register_fsdp(
             module.set_custom_reduce_scatter(ReduceScatter(held))
         else:
             module.set_all_reduce_hook(_BetweenReplicas(held, rank, ranks))
+    state.announce()
     return state

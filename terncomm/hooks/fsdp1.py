@@ -120,6 +120,7 @@ def register_fsdp1(
         held = [stand_ins[member.module][1][member.name] for member in flat.members]
         state.units.append(_FlatUnit(state, index, name, flat, held))
         set_fsdp1_hook_state(unit, state.units[-1])
+    state.announce()
     return state
 
 

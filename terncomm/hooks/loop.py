@@ -91,6 +91,7 @@ class GradientAverager(GradientReducer):
             raise ValueError("no parameter requires a gradient: there is nothing to reduce")
         self._cap_bytes = bucket_cap_mb * 2**20
         self._join(transport)
+        self.announce()
         self._overlap = Overlap(self) if overlap else None
 
     def _detach(self) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from terncomm.codecs import CodecLike, Rules
 from terncomm.keys import Key, integer
-from terncomm.layers import GROUPS
 from terncomm.path.bucket import check_exchange
 from terncomm.path.stages import Stage, Staging
+from terncomm.structure import GROUPS
 
 
 @dataclass(frozen=True, kw_only=True)

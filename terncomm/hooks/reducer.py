@@ -1,5 +1,6 @@
 """The base class of all states that average gradients: of DDP, of FSDP and of training loops."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from terncomm import ops
 from terncomm.codecs import Codec, Rules
+from terncomm.hooks import coverage
 from terncomm.hooks.connection import Connection
 from terncomm.hooks.nodes import NodeTransports
 from terncomm.hooks.options import Options
@@ -30,7 +32,9 @@ from terncomm.version import __version__
 
 T = TypeVar("T")
 
-_sparse_warned = False  # the warning is given once per process
+_log = logging.getLogger("terncomm")
+
+_sparse_warned = _structure_warned = False  # these warnings are given once per process
 
 
 class GradientReducer:
@@ -230,16 +234,16 @@ class GradientReducer:
             "coded parameters": self.layers.coded_names,
         }
 
-    def summary(self) -> str:
-        """One line for the log."""
-        sizes = {parameter: parameter.numel() for parameter in self.layers.numbers}
-        coded = [numel for parameter, numel in sizes.items() if self.codes(parameter)]
-        total = sum(sizes.values())
-        world_size = self.transport.world_size if self.transport else 1
-        return (
-            f"{self.codec!r}: {len(coded)} of {len(sizes)} parameter tensors coded, "
-            f"{sum(coded) / max(total, 1):.1%} of {total} elements; seed {self.seed}, {world_size} ranks"
-        )
+    def announce(self) -> None:
+        """Log on rank 0 how much of the model is compressed, and warn if it is little. Called when connected."""
+        global _structure_warned
+        if self.transports["all"].rank == 0 and self.layers.numbers:
+            size = self.transports["all"].world_size
+            _log.info("%r: %s; seed %d, %d ranks", self.codec, coverage.summary(self.layers), self.seed, size)
+        self.warn(coverage.too_little(self.layers))
+        if not _structure_warned and (complaint := coverage.without_structure(self.layers)) is not None:
+            _structure_warned = True
+            self.warn(complaint)
 
     def connect(
         self, transport: Metered, connection: Connection | None = None, nodes: NodeTransports | None = None
@@ -340,7 +344,8 @@ class GradientReducer:
     def dense_path(self, flat: torch.Tensor, bucket: Bucket, key: Key) -> Path[torch.Tensor]:
         """The path of a dense bucket `flat`, (n,), averaged in place; also updates the statistics."""
         with self.clock("encode", key.bucket, "watch clipping"):
-            complaint = self.clip_watch.measure_bucket(flat, bucket, key.step)
+            complaint = self.clip_watch.complaint(key.step)
+            self.clip_watch.measure_bucket(flat, bucket, key.step)
         options: Any = {"exchange": self.options.exchange, "unchecked": self.unchecked(flat)}
         if self._nodes is None:
             context = self.context(key, self.transports["all"])

@@ -131,12 +131,10 @@ class Unit(ABC):
             state.check_arrived()
             coded, plain = self.shards(state.world_size, flat.numel())
             shards = coded if state.compresses_at(key.step) else plain
-            complaint = None
+            complaint = state.clip_watch.complaint(key.step)
             if state.clip_watch.measures_at(key.step):
                 for group in shards.coded:
-                    whole = torch.cat(group.whole(flat))
-                    found = state.clip_watch.measure(whole, [(group.codec, group.layers)], key.step)
-                    complaint = complaint or found
+                    state.clip_watch.measure(torch.cat(group.whole(flat)), [(group.codec, group.layers)], key.step)
             context = state.context(key, state.transports["all"])
             over = state.world_size if divisor is None else divisor
             path = reduce_scatter(flat, shards, context, divisor=over, out=out, unchecked=state.unchecked(flat))

@@ -143,6 +143,7 @@ class CommState(GradientReducer):
         if self._had_transport and self._given is None:
             raise RuntimeError("this CommState was copied, without its transport: make a new one with transport=")
         self.meet(device, self.configuration())
+        self.announce()
 
 
 def _raising(error: Exception) -> Path[torch.Tensor]:

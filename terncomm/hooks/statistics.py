@@ -17,6 +17,8 @@ from terncomm.transports import Metered
 _log = getLogger("terncomm")
 
 _CLIP_WARNING = 0.3  # warn if more than this share of a layer's gradient norm is clipped
+_CLIP_WORSE = 0.1  # and again if the largest share has grown by this
+_CLIP_NAMED = 5  # layers that a warning names at most
 _CLIP_STEPS, _CLIP_EVERY = 3, 100  # measured in the first 3 compressed steps, then in every 100th
 _NOT_CODECS = ("exact", "intra", "scales", "checks", "lengths")  # labels of counted bytes that are no codec's name
 
@@ -83,7 +85,8 @@ class Statistics:
 class ClipWatch:
     """Measures which share of each layer's gradient norm is clipped, in some steps only, for it takes time.
 
-    On CPU the first share above 30 % gives a warning. On CUDA the shares are only reported, by :meth:`read`.
+    On CPU the step after a measurement gives a warning if shares are above 30 %, and again if the largest share has
+    grown by 10 points. On CUDA the shares are only reported, by :meth:`read`.
 
     Args:
         name: number of a layer -> its name.
@@ -94,41 +97,47 @@ class ClipWatch:
         self._name, self._warmup_steps = name, warmup_steps
         self._lost: dict[int, float] = {}
         self._unread: dict[tuple[int, ...], torch.Tensor] = {}  # shares that are still on a CUDA device
-        self._complained = False
+        self._measured: int | None = None  # a step whose shares have not been looked at
+        self._told = _CLIP_WARNING - _CLIP_WORSE  # the largest share that a warning has named
 
     def measures_at(self, step: int) -> bool:
         """Whether clipping is measured in this step."""
         since = step - self._warmup_steps
         return since < _CLIP_STEPS or since % _CLIP_EVERY == 0
 
-    def measure_bucket(self, flat: torch.Tensor, bucket: Bucket, step: int) -> str | None:
-        """Measure the compressed layers of `flat`, (n,). Returns the text of a warning, or None."""
-        return self.measure(flat, ((group.codec, group.layers) for group in bucket.coded), step)
+    def measure_bucket(self, flat: torch.Tensor, bucket: Bucket, step: int) -> None:
+        """Measure the compressed layers of `flat`, (n,)."""
+        self.measure(flat, ((group.codec, group.layers) for group in bucket.coded), step)
 
-    def measure(self, flat: torch.Tensor, groups: Iterable[tuple[Codec, Segments]], step: int) -> str | None:
+    def measure(self, flat: torch.Tensor, groups: Iterable[tuple[Codec, Segments]], step: int) -> None:
         """As :meth:`measure_bucket`, with the layers given as pairs of a codec and its layers."""
         if not self.measures_at(step):
-            return None
-        complaints = [self._measure(flat, codec, layers) for codec, layers in groups]
-        return next(filter(None, complaints), None)
+            return
+        for codec, layers in groups:
+            if (lost := codec.norm_lost(flat, layers)) is None:
+                continue
+            numbers = layers.layers.tolist()
+            if lost.is_cuda:  # :meth:`read` copies it to the host; here the host must not wait for the device
+                self._unread[tuple(numbers)] = lost
+                continue
+            self._lost.update(zip(numbers, lost.tolist(), strict=True))
+            self._measured = step
 
-    def _measure(self, flat: torch.Tensor, codec: Codec, layers: Segments) -> str | None:
-        lost = codec.norm_lost(flat, layers)
-        if lost is None:
+    def complaint(self, step: int) -> str | None:
+        """The text of a warning about the steps before this one, or None."""
+        if self._measured is None or self._measured == step:
             return None
-        numbers = layers.layers.tolist()
-        if lost.is_cuda:  # :meth:`read` copies it to the host; here the host must not wait for the device
-            self._unread[tuple(numbers)] = lost
+        self._measured = None
+        lost = sorted(((share, number) for number, share in self._lost.items() if share > _CLIP_WARNING), reverse=True)
+        if not lost or lost[0][0] <= self._told + _CLIP_WORSE:
             return None
-        self._lost.update(zip(numbers, lost.tolist(), strict=True))
-        share, worst = lost.max(dim=0)
-        if share <= _CLIP_WARNING or self._complained:
-            return None
-        self._complained = True
+        self._told = lost[0][0]
+        named = ", ".join(f"{share:.0%} of {self._name(number)}" for share, number in lost[:_CLIP_NAMED])
+        more = f" and over {_CLIP_WARNING:.0%} of {len(lost) - _CLIP_NAMED} more" if len(lost) > _CLIP_NAMED else ""
         return (
-            f"clipping takes {share:.0%} of the gradient norm of {self._name(numbers[worst])}: its gradient "
-            "is far from Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; "
-            "state.stats() has the share of every layer (clip_norm_lost/...)."
+            f"clipping takes much of the gradient norm of some layers: {named}{more}. Their gradients are far from "
+            "Gaussian. Consider skip=[...] for such layers, a larger clip, or the int8 codec; state.stats() has the "
+            "share of every layer (clip_norm_lost/...)."
         )
 
     def read(self) -> dict[str, float]:

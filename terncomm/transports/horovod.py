@@ -60,9 +60,12 @@ class HorovodTransport:
         self._hvd = hvd = horovod_torch()
         if not hvd.is_initialized():
             raise ValueError("Horovod is not initialized: call hvd.init() first")
-        check_sees_all_processes(
-            hvd.size(), "Horovod", "start them with horovodrun, or the mpirun of the MPI it was built with"
-        )
+        if process_set is None:
+            advice = (
+                "start them with horovodrun, or the mpirun of the MPI it was built with; or give "
+                "process_set=hvd.global_process_set, if each is a program of its own"
+            )
+            check_sees_all_processes(hvd.size(), "Horovod", advice)
         self._process_set = hvd.global_process_set if process_set is None else process_set
         if not self._process_set.included():
             raise ValueError(f"rank {hvd.rank()} is not in {self._process_set}")

@@ -37,7 +37,8 @@ class MPITransport:
     others: their calls raise `RankFailed`.
 
     Args:
-        comm: an intracommunicator of mpi4py; by default `MPI.COMM_WORLD`.
+        comm: an intracommunicator of mpi4py; by default `MPI.COMM_WORLD`. `MPI.COMM_SELF` for one-rank programs that a
+            launcher starts together.
         timeout_s: how long a call waits for the other ranks.
         cuda_aware: whether the MPI library reads and writes CUDA memory itself (Open MPI: `ompi_info --parsable --all |
             grep mpi_built_with_cuda_support:value`). If not, CUDA payloads are staged through host memory.
@@ -66,7 +67,9 @@ class MPITransport:
             raise ModuleNotFoundError(f"MPITransport needs mpi4py ({error}): {advice}") from None
         if comm is not None and comm.Is_inter():
             raise ValueError("comm must be an intracommunicator, got an intercommunicator")
-        check_sees_all_processes(MPI.COMM_WORLD.Get_size(), f"MPI ({_version(MPI)})", f"start them with {_mpirun()}")
+        if comm is None:
+            advice = f"start them with {_mpirun()}; or give comm=MPI.COMM_SELF, if each is a program of its own"
+            check_sees_all_processes(MPI.COMM_WORLD.Get_size(), f"MPI ({_version(MPI)})", advice)
         self._mpi = MPI
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
         self._notices = _ExitNotices(self._comm)

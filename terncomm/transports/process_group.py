@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from terncomm.torch_internals import all_gather_flat, backend_of, gloo_device_count
+from terncomm.torch_internals import all_gather_flat, backend_of, gloo_device_count, set_timeout
 from terncomm.transports.base import Kind, RankFailed, Wait, begin_and_wait, copied_to, nothing_to_send
 from terncomm.transports.calls import Calls
 
@@ -41,14 +41,18 @@ class ProcessGroupTransport:
 
     Args:
         group: a `ProcessGroup`, or a backend of one.
+        timeout: called before each message; if the time differs from the last one, the group gets it as its timeout.
+            None: leave the timeout of the group as it is.
 
     Raises:
         RankFailed: by a call, if another rank cannot be reached or does not arrive within the group's timeout, or if an
             earlier call failed or was interrupted.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, timeout: Callable[[], timedelta] | None = None) -> None:
         self._group = group
+        self._timeout = timeout
+        self._limit: timedelta | None = None
         self._beside: Callable[[], _Beside | None] = lambda: None  # weak: else a group would outlive its users
         self._calls = Calls(_LIBRARY, (RuntimeError,))
         self.at_once = AT_ONCE  # bytes; this and `chunk` must be equal on all ranks
@@ -157,7 +161,7 @@ class ProcessGroupTransport:
                     # The receive is posted first, so both directions flow at once. Gloo's all-to-all halves the rate.
                     coming = backend.recv([received[before, begin:end]], before, tag)
                     going = backend.send([rows[after, begin:end]], after, tag)
-                yield partial(_wait, calls, going, coming)
+                yield partial(_wait, calls, going, coming, limit=self._limit)
 
     def _readable(self, payload: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The payload, contiguous in memory that its backend can read, and that backend."""
@@ -165,15 +169,22 @@ class ProcessGroupTransport:
         if group is None:
             raise RankFailed("this transport is closed: close() was called, or an earlier error closed it")
         backend = backend_for(group, payload.device)
+        if self._timeout is not None and (limit := self._timeout()) != self._limit:
+            set_timeout(backend, limit)
+            self._limit = limit
         if payload.is_cuda and backend.name() != "nccl":
             payload = payload.cpu()
         return payload.contiguous(), backend
 
 
-def _wait(calls: Calls, *works: Any) -> None:
+def _wait(calls: Calls, *works: Any, limit: timedelta | None = None) -> None:
+    """limit: for gloo's sends and receives, which keep the timeout that the group had when it was made."""
     with calls.guarded():
         for work in works:
-            work.wait()
+            if limit is None:
+                work.wait()
+            else:
+                work.wait(limit)
 
 
 class _Beside:
