@@ -9,7 +9,7 @@ from torch import nn
 from terncomm.codecs import Codec, IntegerCodec, Rules
 from terncomm.codecs.rules import DEFAULT, matches
 from terncomm.segments import Segments
-from terncomm.structure import GROUPS, Own, holders, own_parameters, structural
+from terncomm.structure import GROUPS, Own, holders, own_parameters, structural_of
 from terncomm.torch_internals import WRAPPERS
 
 _WRAPPERS = re.compile(rf"\b({'|'.join(WRAPPERS)})(\.|$)")
@@ -75,12 +75,13 @@ class Layers:
             ValueError: the pattern of a rule matches no parameter.
         """
         kinds: dict[torch.Tensor, set[str]] = {}
-        for each in holders(model, own):
+        modules = holders(model, own)
+        for each in modules:
             for parameter in each.parameters.values():
                 kinds.setdefault(parameter, set()).add(each.kind)
                 if "Norm" in each.kind:
                     kinds[parameter].add("norm")
-        for parameter, group in structural(model, GROUPS, own).items():
+        for parameter, group in structural_of(modules, GROUPS).items():
             kinds[parameter].add(group)
         self.adopted = True
         self._kinds = {parameter: frozenset(found) for parameter, found in kinds.items()}

@@ -69,9 +69,13 @@ def structural(model: nn.Module, groups: Collection[str], own: Own = own_paramet
 
     own: module -> its own parameters by name, without those of submodules.
     """
+    return structural_of(holders(model, own), groups)
+
+
+def structural_of(modules: Sequence[Holder], groups: Collection[str]) -> dict[torch.Tensor, str]:
+    """As :func:`structural`, with the modules of the model given."""
     found: dict[torch.Tensor, str] = {}
     vocabularies = set()
-    modules = holders(model, own)
     for each in modules:
         if isinstance(each.module, (nn.Embedding, nn.EmbeddingBag)):
             vocabularies.add(each.module.num_embeddings)

@@ -312,33 +312,39 @@ def clip_warnings(exempt):
     return told, {k: v for k, v in stats.items() if k.startswith("clip_norm_lost/")}
 
 
-def told_of_coverage(way):
-    """Warnings and log lines on this rank of ways to give terncomm a tagger: a model, or its parameters alone."""
-    reducer._structure_warned = False  # ranks are kept for other tests
+@contextlib.contextmanager
+def logged():
+    """What terncomm logs in the block, at the level INFO."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    log = logging.getLogger("terncomm")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    model = Language(words=4096)
+    logger = logging.getLogger("terncomm")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if way == "register":
-                terncomm.register(DistributedDataParallel(model), "terngrad")
-            elif way == "averager":
-                terncomm.GradientAverager(model, "terngrad")
-            elif way == "parameters":
-                for _ in range(2):
-                    terncomm.GradientAverager(list(model.named_parameters()), "terngrad")
-            else:
-                wrapped = DistributedDataParallel(model)
-                wrapped.register_comm_hook(CommState(), terncomm.comm_hook)
-                wrapped(words(0, 8)).sum().backward()
+        yield lines
     finally:
-        log.removeHandler(handler)
-        log.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+def told_of_coverage(way):
+    """Warnings and log lines on this rank of ways to give terncomm a tagger: a model, or its parameters alone."""
+    reducer._structure_warned = False  # ranks are kept for other tests
+    model = Language(words=4096)
+    with logged() as lines, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if way == "register":
+            terncomm.register(DistributedDataParallel(model), "terngrad")
+        elif way == "averager":
+            terncomm.GradientAverager(model, "terngrad")
+        elif way == "parameters":
+            for _ in range(2):
+                terncomm.GradientAverager(list(model.named_parameters()), "terngrad")
+        else:
+            wrapped = DistributedDataParallel(model)
+            wrapped.register_comm_hook(CommState(), terncomm.comm_hook)
+            wrapped(words(0, 8)).sum().backward()
     return [str(one.message) for one in caught], [line for line in lines if "coded" in line]
 
 
@@ -566,17 +572,8 @@ def two_models():
 
 def log_lines():
     """What registration logs at the level INFO."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("terncomm")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
+    with logged() as lines:
         terncomm.register(DistributedDataParallel(mlp()), "int8", seed=3)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
     return lines
 
 

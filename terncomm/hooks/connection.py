@@ -222,11 +222,16 @@ class Limits:
     @property
     def patience_s(self) -> float:
         """Seconds for each of two waits of a failing rank; see :class:`FailureNotes`."""
-        return min(5.0, timeout_of(self._theirs).total_seconds() / 10)
+        return _patience_s(timeout_of(self._theirs))
 
     def timeout(self) -> timedelta:
         """The timeout of the private group."""
-        return timeout_of(self._theirs) - timedelta(seconds=2 * self.patience_s)
+        whole = timeout_of(self._theirs)
+        return whole - 2 * timedelta(seconds=_patience_s(whole))
+
+
+def _patience_s(timeout: timedelta) -> float:
+    return min(5.0, timeout.total_seconds() / 10)
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T:
