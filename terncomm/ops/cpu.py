@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from terncomm.ops import _numba as kernels
+from terncomm.ops import denormals
 from terncomm.ops.types import Packing, Rounding
 from terncomm.segments import Segments
 
@@ -23,7 +24,7 @@ _SCRATCH = 1 << 15  # elements: dtypes other than float32 are converted in copie
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="terncomm-ops")
+    return ThreadPoolExecutor(threads, thread_name_prefix="terncomm-ops", initializer=denormals.keep)
 
 
 if hasattr(os, "register_at_fork"):  # a forked process inherits the pool without its threads

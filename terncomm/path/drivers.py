@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from terncomm.ops.denormals import kept
 from terncomm.path.account import Clock
 from terncomm.path.message import Message, Path, Start, WaitForTurn
 from terncomm.transports.base import Transport, beside
@@ -46,7 +47,8 @@ def _in_turn(path: Path[T], send: Callable[[Message], torch.Tensor]) -> T:
     answer: Any = None
     while True:
         try:
-            request = path.send(answer)
+            with kept():
+                request = path.send(answer)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         if isinstance(request, Message):
@@ -106,7 +108,8 @@ def lockstep(
             requests = []
             for rank, path in enumerate(paths):
                 try:
-                    requests.append(path.send(answers[rank]))
+                    with kept():
+                        requests.append(path.send(answers[rank]))
                 except StopIteration as end:
                     results[rank] = end.value
             if not requests:

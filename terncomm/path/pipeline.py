@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from terncomm.ops import denormals
 from terncomm.path.account import Clock
 from terncomm.path.drivers import Transports, channel
 from terncomm.path.message import Message, Path, Start, WaitForTurn
@@ -235,6 +236,7 @@ class _Inbox:
 
 def _compute(inbox: _Inbox) -> None:
     """The compute thread."""
+    denormals.keep()
     wires = _Wires(inbox)
     jobs: deque[_Job] = deque()  # jobs that have not completed, in order
     failed: BaseException | None = None
