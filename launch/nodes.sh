@@ -40,6 +40,8 @@ if [ "$interface" = lo ] && [ "$nodes" -gt 1 ]; then
 fi
 export GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface" TP_SOCKET_IFNAME="$interface"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# A store for each start of the ranks: in the one that all starts share, ranks find what those before them have left.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 command=(
     torchrun --nnodes "${MIN_NODES:-$nodes}:$nodes" --nproc-per-node "${PROCESSES:-auto}"

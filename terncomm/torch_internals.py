@@ -6,6 +6,8 @@ exist. The tests run with 2.13. For 2.6, 2.8, 2.9 and 2.12 the attributes were l
 written in C++ only their names were looked up, in the compiled library, which does not tell the class of a name.
 """
 
+import gc
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
@@ -20,6 +22,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _SEEN = "2.6 to 2.13"
+_TRUE = ("1", "y", "yes", "t", "true", "on")  # of environment variables, as torch reads them
 
 
 class IncompatibleTorch(Exception):
@@ -111,10 +114,28 @@ def gloo_options_like(backend: Any, timeout: timedelta) -> Any:
     kind, purpose = "ProcessGroupGloo._Options", "to connect ranks over gloo"
     theirs = _read(backend, "ProcessGroupGloo", "options", purpose)
     options = _read(dist.ProcessGroupGloo, "ProcessGroupGloo", "_Options", purpose)()
-    for name in ("_devices", "_threads"):
-        _write(options, kind, name, _read(theirs, kind, name, purpose), purpose)
+    _write(options, kind, "_threads", _read(theirs, kind, "_threads", purpose), purpose)
+    _write(options, kind, "_devices", _own_devices() or _read(theirs, kind, "_devices", purpose), purpose)
     _write(options, kind, "_timeout", timeout, purpose)
     return options
+
+
+def _own_devices() -> list[Any]:
+    """New gloo devices if those of the default group connect lazily, for such a device cannot serve two groups.
+
+    `ProcessGroupGloo.create_device` and `create_default_device`, with `lazy_init`: seen in 2.13 only. A version that
+    does not know `lazy_init` does not connect lazily.
+    """
+    if os.environ.get("TORCH_GLOO_LAZY_INIT", "0").lower() not in _TRUE:
+        return []
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    gloo = dist.ProcessGroupGloo
+    try:
+        if not names:
+            return [gloo.create_default_device(lazy_init=False)]
+        return [gloo.create_device(interface=name, lazy_init=False) for name in names]
+    except TypeError:
+        return []
 
 
 def gloo_device_count(backend: Any) -> int:
@@ -138,6 +159,15 @@ def comm_hook_of(ddp: nn.parallel.DistributedDataParallel) -> Any:
     """The communication hook of a DDP model, or None: `DistributedDataParallel._comm_hooks`, 2.6 to 2.13."""
     hooks = _read(ddp, "DistributedDataParallel", "_comm_hooks", "to find an earlier communication hook")
     return hooks[0][0] if hooks else None
+
+
+def models_with_hook_state(state: Any) -> list[nn.parallel.DistributedDataParallel]:
+    """The DDP models in this process whose communication hook has this state: `_comm_hooks`, 2.6 to 2.13.
+
+    A hook is not told its model, so this looks at all objects that Python's garbage collector tracks.
+    """
+    models = [each for each in gc.get_objects() if issubclass(type(each), nn.parallel.DistributedDataParallel)]
+    return [model for model in models if any(held is state for _, held in getattr(model, "_comm_hooks", ()))]
 
 
 def backward_pass() -> int:

@@ -55,6 +55,15 @@ def test_a_command_for_each_node():
     assert done.stderr.endswith(f"{TRAIN} --codec int8\n")
 
 
+def test_ranks_that_start_anew_have_a_new_store(tmp_path):
+    (tmp_path / "bin").mkdir()
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.write_text('#!/bin/sh\necho "own store: $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"\n')
+    torchrun.chmod(0o755)
+    done = nodes(1, 0, "localhost", TRAIN, VIRTUAL_ENV=str(tmp_path), DRY_RUN="")
+    assert done.stdout == "own store: 1\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "environment", "said"),
     [

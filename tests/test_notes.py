@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from terncomm.hooks.connection import FailureNotes, Limits
+from terncomm.hooks.notes import FailureNotes, Limits
 from terncomm.transports import RankFailed
 
 GROUP = SimpleNamespace(name=lambda: "gloo", options=SimpleNamespace(_timeout=timedelta(seconds=20)))

@@ -15,7 +15,7 @@ from terncomm.hooks.reducer import GradientReducer
 from terncomm.hooks.stream import SideStream
 from terncomm.path.message import Path
 from terncomm.path.pipeline import Pipeline
-from terncomm.torch_internals import backward_pass, default_group
+from terncomm.torch_internals import backward_pass, default_group, models_with_hook_state
 from terncomm.transports import Metered, Transport
 
 
@@ -26,7 +26,7 @@ class CommState(GradientReducer):
         codec: a codec, its name, or rules.
         named_parameters: of the model, for `skip`, rules and names in statistics. `register` passes them.
         process_group: the process group of the DDP model, which its buckets do not contain; by default the default
-            group. `register` passes it.
+            group. `register` passes it. A model of another group is refused at its first bucket.
         transport: sends the bytes, in place of a private process group; see :func:`terncomm.register`.
         options: see :class:`terncomm.hooks.options.Options`. Without `register` the state does not see the model's
             structure, so `exempt` finds no embeddings and no output head: name them in `skip`.
@@ -85,7 +85,8 @@ class CommState(GradientReducer):
         Returns:
             A future of the mean: the bucket's buffer, (n,), changed in place, or a new tensor if it is sparse.
         """
-        buffer, index = bucket.buffer(), bucket.index()
+        buffer = bucket.buffer().detach()  # with backward(create_graph=True) it has a graph
+        index = bucket.index()
         if self.transport is None:
             self._connect_late(buffer.device)
         if self._begins_step(bucket):
@@ -142,8 +143,28 @@ class CommState(GradientReducer):
             raise RuntimeError("this CommState was copied, without its intra_group: call terncomm.register again")
         if self._had_transport and self._given is None:
             raise RuntimeError("this CommState was copied, without its transport: make a new one with transport=")
+        self._check_group()
         self.meet(device, self.configuration())
         self.announce()
+
+    def _check_group(self) -> None:
+        """Check that this state knows the process group of its model. With another, it could meet another model's.
+
+        Raises:
+            ValueError: it has another group than a DDP model that uses it.
+        """
+        known = self._group or default_group()
+        for model in models_with_hook_state(self):
+            if model.process_group is not known:
+                raise ValueError(
+                    f"this DDP model has a process group of its own, over ranks {_ranks(model.process_group)}, and "
+                    f"CommState has {'the default one' if self._group is None else 'another'}, over ranks "
+                    f"{_ranks(known)}: give CommState(process_group=), or use terncomm.register"
+                )
+
+
+def _ranks(group: dist.ProcessGroup) -> str:
+    return ", ".join(map(str, dist.get_process_group_ranks(group)))
 
 
 def _raising(error: Exception) -> Path[torch.Tensor]:
