@@ -145,7 +145,7 @@ def _named(
         ValueError: names are missing, or the module has trainable parameters that the optimizer does not hold.
     """
     every = [each for group in optimizer.param_groups for each in group["params"]]
-    held = {each for each in every if each.requires_grad}
+    held = set(every)
     if given is None:
         named = [(f"parameter {place}", each) for place, each in enumerate(every)]
     elif isinstance(given, nn.Module):
@@ -154,7 +154,7 @@ def _named(
         named = list(given)
         if not all(isinstance(each, tuple) for each in cast(list[Any], named)):
             raise ValueError("named_parameters must be a module, or pairs of a name and a parameter")
-    if unnamed := held - {parameter for _, parameter in named}:
+    if unnamed := {each for each in held if each.requires_grad} - {parameter for _, parameter in named}:
         shapes = ", ".join(str(tuple(each.shape)) for each in list(unnamed)[:5])
         raise ValueError(f"named_parameters lacks {len(unnamed)} of the optimizer's parameters, of shapes {shapes}")
     mine = [(name, parameter) for name, parameter in named if parameter in held]

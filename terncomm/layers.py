@@ -19,8 +19,8 @@ class Layers:
     """The number and the codec of each parameter of a model. The same for DDP, FSDP and training loops.
 
     Args:
-        named_parameters: (name, parameter) pairs of the model. Parameters that require no gradient are ignored; a tied
-            parameter keeps its first name.
+        named_parameters: (name, parameter) pairs of the model. A tied parameter keeps its first name. Frozen parameters
+            have a number, too, so freezing and thawing do not change the rounding noise of the others.
         rules: the codec of each parameter; by default "terngrad" for all.
         skip: parameters that are averaged without a codec: shell patterns for parameter names or module names.
         min_numel: parameters with fewer elements, or with fewer than two dimensions, do not use integer codecs.
@@ -48,8 +48,7 @@ class Layers:
             raise ValueError(f"exempt may name {', '.join(GROUPS)}; got {', '.join(sorted(unknown))}")
         found: dict[torch.Tensor, str] = {}
         for name, parameter in named_parameters:
-            if parameter.requires_grad:
-                found.setdefault(parameter, clean(name))
+            found.setdefault(parameter, clean(name))
         if all(name.startswith("module.") for name in found.values()):  # names of a DDP wrapper, most likely
             self.skip = tuple(pattern.removeprefix("module.") for pattern in self.skip)
             found = {parameter: name.removeprefix("module.") for parameter, name in found.items()}
@@ -123,9 +122,15 @@ class Layers:
         return self.codec_of(parameter) is not None
 
     @property
+    def trainable(self) -> list[torch.Tensor]:
+        """The parameters with a number that require a gradient now, in the order of their numbers."""
+        return [parameter for parameter in self.numbers if parameter.requires_grad]
+
+    @property
     def coded_names(self) -> dict[str, str]:
-        """Parameters that go through a codec: name -> repr of the codec."""
-        codecs = {name: self.codec_of(p) for name, p in zip(self.names, self.numbers, strict=False)}
+        """Trainable parameters with a name that go through a codec: name -> repr of the codec."""
+        named = [parameter for parameter in self.trainable if self.numbers[parameter] < len(self.names)]
+        codecs = {self.name(self.numbers[parameter]): self.codec_of(parameter) for parameter in named}
         return {name: repr(codec) for name, codec in codecs.items() if codec is not None}
 
     def number(self, parameter: torch.Tensor) -> int:
@@ -200,7 +205,7 @@ def matching(what: str, patterns: Collection[str], names: Iterable[str]) -> set[
         hits = [name for name in names if matches(pattern, name)]
         if not hits:
             known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            raise ValueError(f"{what}={pattern!r} matches no parameter that requires a gradient; there are: {known}")
+            raise ValueError(f"{what}={pattern!r} matches no parameter; there are: {known}")
         found.update(hits)
     return found
 

@@ -14,7 +14,7 @@ _WORDS = {"small": "small or a vector", "dtype": "not of floating point"}
 
 def summary(layers: Layers) -> str:
     """How many tensors and elements are coded, and which of them `exempt` leaves out."""
-    sizes = {parameter: parameter.numel() for parameter in layers.numbers}
+    sizes = {parameter: parameter.numel() for parameter in layers.trainable}
     coded = [numel for parameter, numel in sizes.items() if layers.codes(parameter)]
     exempt = [parameter for parameter in sizes if layers.why_exact(parameter) in GROUPS]
     total = sum(sizes.values())
@@ -24,7 +24,7 @@ def summary(layers: Layers) -> str:
 
 def too_little(layers: Layers) -> str | None:
     """A warning if less than half of the elements is compressed. What the user leaves out by name does not count."""
-    asked = [parameter for parameter in layers.numbers if layers.why_exact(parameter) not in ("skip", "rule")]
+    asked = [parameter for parameter in layers.trainable if layers.why_exact(parameter) not in ("skip", "rule")]
     exact = [parameter for parameter in asked if layers.why_exact(parameter)]
     total, left = sum(each.numel() for each in asked), sum(each.numel() for each in exact)
     if 2 * left <= total:

@@ -132,16 +132,18 @@ def register(
         )
     if uses_python_reducer(ddp):
         raise RuntimeError(_PYTHON_REDUCER)
-    device = next(ddp.parameters()).device
+    held = _held(ddp)
+    device = next(parameter for _, parameter in held if parameter.requires_grad).device
     try:
         node = [] if intra_group is None else node_of(ddp.process_group, intra_group)
         state = CommState(
             codec,
             **options,
-            named_parameters=ddp.module.named_parameters(),
+            named_parameters=held,
             process_group=ddp.process_group,
             transport=transport,
         )
+        state.check_dtypes()
         state.layers.adopt(ddp.module)
         configuration: dict[str, Any] = {
             **state.configuration(),
@@ -159,6 +161,12 @@ def register(
     ddp.register_comm_hook(state, comm_hook)
     state.announce()
     return state
+
+
+def _held(ddp: DistributedDataParallel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters that DDP does not ignore. DDP knows a parameter of the model itself as ".NAME"."""
+    named = [(name if "." in name else f".{name}", each) for name, each in ddp.module.named_parameters()]
+    return [(name.removeprefix("."), each) for name, each in named if name not in ddp.parameters_to_ignore]
 
 
 def _tell_refusal(

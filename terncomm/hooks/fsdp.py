@@ -148,7 +148,8 @@ def register_fsdp(
         )
     state = ShardState(Options(codec=codec, **options), model.named_parameters())
     state.layers.adopt(model)
-    if not state.layers.numbers:
+    state.check_dtypes()
+    if not state.layers.trainable:
         raise ValueError("no parameter requires a gradient: there is nothing to reduce")
     configuration = state.configuration() | {
         "fully_shard modules": len(found),

@@ -108,7 +108,8 @@ def register_fsdp1(
     named = [(f"{name}.{each}" if name else each, p) for name, own in stand_ins.values() for each, p in own.items()]
     state = ShardState(Options(codec=codec, **options), named)
     state.layers.adopt(model, lambda module: stand_ins[module][1])
-    if not state.layers.numbers:
+    state.check_dtypes()
+    if not state.layers.trainable:
         raise ValueError("no parameter requires a gradient: there is nothing to reduce")
     strategies = sorted({unit.sharding_strategy.name for _, unit in units})
     configuration = state.configuration() | {"FSDP units": len(units), "sharding": ", ".join(strategies)}

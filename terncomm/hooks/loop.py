@@ -86,7 +86,8 @@ class GradientAverager(GradientReducer):
             self.layers.adopt(params)
         self._given = list(parameters.items())
         self._needed = [parameter.requires_grad for _, parameter in self._given]
-        self.parameters = list(self.layers.numbers)
+        self.check_dtypes()
+        self.parameters = self.layers.trainable
         if not self.parameters:
             raise ValueError("no parameter requires a gradient: there is nothing to reduce")
         self._cap_bytes = bucket_cap_mb * 2**20
@@ -101,13 +102,13 @@ class GradientAverager(GradientReducer):
 
     def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
         """Connect to the other ranks, and compare configurations."""
+        names = [self.layers.name(self.layers.number(each)) for each in self.parameters]
         listed = [
-            f"{self.layers.name(number)} {tuple(p.shape)} {p.stride()} {p.dtype}"
-            for number, p in enumerate(self.parameters)
+            f"{name} {tuple(p.shape)} {p.stride()} {p.dtype}" for name, p in zip(names, self.parameters, strict=True)
         ]
         total = sum(parameter.numel() for parameter in self.parameters)
         order = zlib.crc32("\n".join(listed).encode())
-        held = f"{len(listed)} tensors of {total} elements, {self.layers.name(0)} first (checksum of all: {order:08x})"
+        held = f"{len(listed)} tensors of {total} elements, {names[0]} first (checksum of all: {order:08x})"
         configuration = {**self.configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
         home = self.parameters[0].device
         if transport is None or isinstance(transport, dist.ProcessGroup):

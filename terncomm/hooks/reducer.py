@@ -44,10 +44,10 @@ class GradientReducer:
 
     Args:
         options: see :class:`terncomm.hooks.options.Options`.
-        named_parameters: names and parameters of the model. Those that require no gradient are left out.
+        named_parameters: names and parameters of the model.
 
     Raises:
-        ValueError, TypeError: the options do not fit the model, or the dtype of a parameter is not supported.
+        ValueError, TypeError: the options do not fit the model.
     """
 
     PROCESS_LOCAL: tuple[str, ...] = (
@@ -63,12 +63,12 @@ class GradientReducer:
 
     def __init__(self, options: Options, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         self.options = options
-        named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-        for name, parameter in named:
-            if not (parameter.dtype in DTYPES or parameter.is_complex()):
-                raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {parameter.dtype}")
         self.layers = Layers(
-            named, rules=options.rules, skip=options.skip, min_numel=options.min_numel, exempt=options.exempt
+            named_parameters,
+            rules=options.rules,
+            skip=options.skip,
+            min_numel=options.min_numel,
+            exempt=options.exempt,
         )
         self.clip_watch = ClipWatch(self.layers.name, options.warmup_steps)
         self._step = -1
@@ -224,6 +224,17 @@ class GradientReducer:
 
     # ---- what engines call -------------------------------------------------------------------------------------
 
+    def check_dtypes(self) -> None:
+        """Check the dtypes of the gradients to come.
+
+        Raises:
+            TypeError: the dtype of a trainable parameter is not supported.
+        """
+        for each in self.layers.trainable:
+            if not (each.dtype in DTYPES or each.is_complex()):
+                name = self.layers.name(self.layers.number(each))
+                raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {each.dtype}")
+
     def configuration(self) -> dict[str, Any]:
         """What must be equal on all ranks."""
         return {
@@ -237,7 +248,7 @@ class GradientReducer:
     def announce(self) -> None:
         """Log on rank 0 how much of the model is compressed, and warn if it is little. Called when connected."""
         global _structure_warned
-        if self.transports["all"].rank == 0 and self.layers.numbers:
+        if self.transports["all"].rank == 0 and self.layers.trainable:
             size = self.transports["all"].world_size
             _log.info("%r: %s; seed %d, %d ranks", self.codec, coverage.summary(self.layers), self.seed, size)
         self.warn(coverage.too_little(self.layers))

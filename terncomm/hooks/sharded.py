@@ -56,7 +56,7 @@ class Unit(ABC):
         index: of this unit in the model; ranks compare it as they compare a bucket's index.
         name: of the module, for messages.
         known: place in the unit -> (number of the parameter, codec or None for uncompressed), of the parameters that
-            required a gradient at registration.
+            the model had at registration, also of frozen ones.
     """
 
     def __init__(self, state: ShardState, index: int, name: str, known: dict[int, tuple[int, Codec | None]]) -> None:
@@ -91,14 +91,14 @@ class Unit(ABC):
         layouts are uncompressed.
 
         Raises:
-            RuntimeError: a parameter requires a gradient now, and did not at registration.
+            RuntimeError: a parameter requires a gradient, and was not in the model at registration.
         """
         key = places, _, _ = self.needed(), world_size, numel
         if key not in self._made:
             if not self._known.keys() >= set(places):
                 raise RuntimeError(
-                    f"a parameter of {self.name} required no gradient when terncomm.register was called, but requires "
-                    "one now: call register before parameters are frozen"
+                    f"{self.name} has a parameter that was not in it when terncomm.register was called: call register "
+                    "when the model is complete"
                 )
             numbers, codecs = zip(*(self._known[place] for place in places), strict=True) if places else ((), ())
             made, plain = (

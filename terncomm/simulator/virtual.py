@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,10 @@ class VirtualWorkers:
         self.reduction = reduction
         self.layers = Layers(network.named_parameters())
         self.layers.adopt(network)
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        for parameter, name in zip(self.parameters, self.layers.names, strict=True):
+        self.parameters = cast(list[nn.Parameter], self.layers.trainable)
+        for parameter in self.parameters:
             if parameter.dtype != torch.float32:
+                name = self.layers.name(self.layers.number(parameter))
                 raise ValueError(f"gradients must be torch.float32 in a simulation; {name} is {parameter.dtype}")
         if not self.parameters:
             raise ValueError("the network has no parameters that require a gradient")
