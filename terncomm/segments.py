@@ -5,7 +5,7 @@ first element inside that layer. Rounding noise is keyed by layer and index insi
 how a buffer is cut.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -167,6 +167,10 @@ class Segments:
             table = torch.stack([low - begin, high - low, self.layers[keep], base])
             self._windows[begin, end] = Segments.of_table(table)
         return self._windows[begin, end]
+
+    def belong_to(self, layers: Collection[int]) -> torch.Tensor:
+        """(L,) bool: which segments belong to one of these layers."""
+        return torch.isin(self.layers, torch.tensor(sorted(layers), dtype=torch.int64))
 
     def clipped(self, begin: int, end: int) -> "Segments":
         """The segments, or parts of them, in elements [begin, end) of the flat buffer; offsets count from `begin`."""

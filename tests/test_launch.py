@@ -231,13 +231,13 @@ def test_a_job_that_loses_a_worker_goes_on_from_its_checkpoint_in_a_smaller_worl
 
     try:
         agents += [start("true"), start("false")]
-        wait_for(lambda: len(worlds()) >= 2, 60)
+        wait_for(lambda: len(worlds()) >= 2, 180)
         assert {world for _, world in worlds()} == {2}
         workers = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
         for each in (agents[1].pid, *map(int, workers)):
             os.kill(each, signal.SIGKILL)
         before = len(worlds())
-        wait_for(lambda: any(world == 1 for _, world in worlds()), 90)
+        wait_for(lambda: any(world == 1 for _, world in worlds()), 180)
     finally:
         for agent in agents:
             agent.terminate()

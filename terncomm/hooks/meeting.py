@@ -67,7 +67,7 @@ class Meeting:
         self._rank = rank
         self._token = uuid.uuid4().hex
         self._seen = ""  # the set of tokens that this rank has seen
-        self._absent = [rank for rank in range(len(self._ranks)) if rank != self._rank]  # as far as is known
+        self._absent = list(range(len(ranks)))  # ranks without a token; later those that have not seen this set
 
     def wait(self, limit_s: float) -> Store:
         """See :func:`meet`."""
@@ -75,7 +75,7 @@ class Meeting:
         first_s = min(_NOTICE_S, limit_s)
         rest_s = limit_s - first_s
         try:
-            within(limit_s, lambda: self._store.set(f"token/{self._rank}", self._token))
+            within(limit_s, self._come)
         except RuntimeError as error:
             raise RankFailed(
                 f"the job's store cannot be reached: the rank that serves it, often rank 0, has ended or is stuck "
@@ -96,29 +96,36 @@ class Meeting:
             f"often. If a rank was killed, see its output{lost}."
         )
 
+    def _come(self) -> None:
+        self._store.set(f"token/{self._rank}", self._token)
+        self._store.get(f"token/{self._rank}")  # `set` alone does not notice that the store is gone
+
     def leave(self) -> None:
         """Take back this rank's token, if the store can still be reached."""
         with suppress(RuntimeError):
             within(1.0, lambda: self._store.delete_key(f"token/{self._rank}"))
 
     def _met(self) -> bool:
-        if self._seen and self._all_have(self._seen):
-            return True  # first of all: a rank that knows it may be at its next meeting by now
-        if not self._all_have("token"):
-            return False
-        tokens = self._store.multi_get([f"token/{rank}" for rank in range(len(self._ranks))])
-        seen = hashlib.sha256(b"".join(tokens)).hexdigest()
-        if seen != self._seen:
-            self._store.set(f"{seen}/{self._rank}", "")
-            self._seen = seen
-        return self._all_have(seen)
-
-    def _all_have(self, what: str) -> bool:
-        """Whether each rank has written this; those that have not are absent."""
-        if self._store.check([f"{what}/{rank}" for rank in range(len(self._ranks))]):
-            return True
-        self._absent = [rank for rank in range(len(self._ranks)) if not self._store.check([f"{what}/{rank}"])]
+        if self._seen:
+            self._look_for(self._seen)
+            if not self._absent:
+                return True  # first of all: a rank that knows it may be at its next meeting by now
+        else:
+            self._look_for("token")
+        everyone = range(len(self._ranks))
+        keys = [f"token/{rank}" for rank in everyone]
+        if self._store.check(keys):
+            seen = hashlib.sha256(b"".join(self._store.multi_get(keys))).hexdigest()
+            if seen != self._seen:
+                self._store.set(f"{seen}/{self._rank}", "")
+                self._seen, self._absent = seen, list(everyone)
+                self._look_for(seen)
+                return not self._absent
         return False
+
+    def _look_for(self, what: str) -> None:
+        """Look which ranks have written this. Those that once had are not absent: they may have given up since."""
+        self._absent = [rank for rank in self._absent if not self._store.check([f"{what}/{rank}"])]
 
     def _names(self) -> str:
         return ", ".join(str(self._ranks[rank]) for rank in self._absent)

@@ -23,6 +23,7 @@ from terncomm.path.bucket import Bucket, piece_for
 from terncomm.path.drivers import blocking
 from terncomm.path.header import Unchecked
 from terncomm.path.message import Path
+from terncomm.path.ranges import in_words
 from terncomm.path.reduce import DTYPES, all_reduce_mean, all_reduce_mean_between_nodes, all_reduce_mean_sparse
 from terncomm.path.stages import Staging
 from terncomm.segments import Segments
@@ -31,6 +32,8 @@ from terncomm.transports import Metered
 from terncomm.version import __version__
 
 T = TypeVar("T")
+
+_NAMED = 5  # layers that a warning names at most
 
 _log = logging.getLogger("terncomm")
 
@@ -74,6 +77,7 @@ class GradientReducer:
         self._step = -1
         self._enabled = self._enabled_next = True
         self._copied = False
+        self._told_outside: set[int] = set()  # layers of which it was told that codes cannot represent them
         self._had_nodes = False  # whether intra_group was given; a copy does not have these groups
         self._detach()
         ops.compile_kernels()
@@ -360,14 +364,23 @@ class GradientReducer:
         options: Any = {"exchange": self.options.exchange, "unchecked": self.unchecked(flat)}
         if self._nodes is None:
             context = self.context(key, self.transports["all"])
-            yield from all_reduce_mean(flat, bucket, context, staging=self._staging, **options)
+            outside = yield from all_reduce_mean(flat, bucket, context, staging=self._staging, **options)
         else:
             nodes = (self.context(key, each) for each in self._nodes)
-            yield from all_reduce_mean_between_nodes(flat, bucket, *nodes, **options)
-        exact_numel = bucket.numel - bucket.coded_numel
-        self.statistics.add(raw_bytes=flat.nbytes, coded_numel=bucket.coded_numel, exact_numel=exact_numel)
+            outside = yield from all_reduce_mean_between_nodes(flat, bucket, *nodes, **options)
+        coded_numel = bucket.coded_numel - bucket.numel_of(outside)
+        self.statistics.add(raw_bytes=flat.nbytes, coded_numel=coded_numel, exact_numel=bucket.numel - coded_numel)
         self.warn(complaint)
+        self.tell_outside(outside, flat.dtype)
         return flat
+
+    def tell_outside(self, numbers: frozenset[int], dtype: torch.dtype) -> None:
+        """Warn of layers that codes cannot represent, once for each layer."""
+        if new := sorted(numbers - self._told_outside):
+            self._told_outside.update(new)
+            names = [self.layers.name(number) for number in new[:_NAMED]]
+            more = [f"{len(new) - _NAMED} more"] if len(new) > _NAMED else []
+            self.warn(in_words(dtype, names + more))
 
     def warn(self, complaint: str | None) -> None:
         """Warn on rank 0, unless `complaint` is None."""

@@ -138,10 +138,12 @@ class Unit(ABC):
             context = state.context(key, state.transports["all"])
             over = state.world_size if divisor is None else divisor
             path = reduce_scatter(flat, shards, context, divisor=over, out=out, unchecked=state.unchecked(flat))
-            state.run(path, key.bucket)
-            numbers = {"coded_numel": shards.coded_numel, "exact_numel": shards.exact_numel}
+            outside = state.run(path, key.bucket)
+            moved = shards.numel_of(outside)
+            numbers = {"coded_numel": shards.coded_numel - moved, "exact_numel": shards.exact_numel + moved}
             state.statistics.add(raw_bytes=flat.nbytes, **numbers)
             state.warn(complaint)
+            state.tell_outside(outside, flat.dtype)
 
     def all_reduce(self, row: torch.Tensor, rank: int, ranks: int) -> None:
         """Replace `row`, (k,), by its mean over ranks. It is row `rank` of a buffer of `ranks` rows."""

@@ -193,6 +193,26 @@ class Bucket:
             for piece in pieces
         ]
 
+    def numel_of(self, numbers: frozenset[int]) -> int:
+        """Number of elements of the layers with these numbers that use an integer codec."""
+        return sum(int(each.layers.lengths[each.layers.belong_to(numbers)].sum()) for each in self.coded)
+
+    def without_codec(self, numbers: frozenset[int]) -> "Bucket":
+        """The bucket in which the layers with these numbers use no integer codec."""
+        groups: list[tuple[Segments, Codec | None]] = []
+        moved = [torch.zeros(4, 0, dtype=torch.int64)]
+        for layers, codec in self._groups:
+            if codec is None:
+                moved.append(layers.table)
+            elif isinstance(codec, IntegerCodec):
+                among = layers.belong_to(numbers)
+                moved.append(layers.table[:, among])
+                groups.append((Segments.of_table(layers.table[:, ~among]), codec))
+            else:
+                groups.append((layers, codec))
+        table = torch.cat(moved, dim=1)
+        return Bucket([*groups, (Segments.of_table(table[:, table[0].argsort(stable=True)]), None)])
+
     def clipped(self, begin: int, end: int) -> "Bucket":
         """The bucket of elements [begin, end) of the buffer; its offsets count from `begin`."""
         if (begin, end) not in self._clipped:

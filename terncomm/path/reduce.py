@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from terncomm.codecs.base import Agreed, IntegerCodec, Local
+from terncomm.codecs.base import Agreed, IntegerCodec, Local, UniformCodec
 from terncomm.path import exchanges
 from terncomm.path.account import Context
 from terncomm.path.bucket import SMALL, Bucket, PieceLayout
@@ -26,6 +26,7 @@ from terncomm.path.exchanges import Piece
 from terncomm.path.header import INLINE_NBYTES, PROLOGUE_NBYTES, Header, Unchecked, carried_numbers, check
 from terncomm.path.message import Message, Path, within
 from terncomm.path.parts import Coding, Floats, Part, Statistics, Target
+from terncomm.path.ranges import LEAST, layers_outside, mark_tiny
 from terncomm.path.shards import CodedShards, Shards
 from terncomm.path.stages import Staging
 from terncomm.path.sums import row_edges
@@ -43,10 +44,11 @@ def all_reduce_mean(
     unchecked: list[Unchecked] | None = None,
     last: bool = True,
     staging: Staging | None = None,
-) -> Path[None]:
+) -> Path[frozenset[int]]:
     """Replace the elements of `flat` that `bucket` describes by an estimate of their mean over ranks.
 
-    The result has the same bits on every rank, for every exchange and every size of pieces.
+    The result has the same bits on every rank, for every exchange and every size of pieces. Layers whose gradients
+    leave the range of codes are averaged without a codec, see :mod:`terncomm.path.ranges`; with stages they are not.
 
     Args:
         flat: (n,), contiguous, of a dtype in DTYPES; changed in place. An integer codec reads it as float32.
@@ -57,6 +59,9 @@ def all_reduce_mean(
         last: mark the final message as the last one of the path.
         staging: stages that change the gradients of layers under integer codecs, and their means.
 
+    Returns:
+        The numbers of the layers that an integer codec could not represent.
+
     Raises:
         TypeError: `flat` has a dtype that is not in DTYPES.
         ValueError: the layers do not fit the buffer, or the exchange is unknown.
@@ -64,6 +69,7 @@ def all_reduce_mean(
     """
     check_dtype(flat)
     bucket.check(flat)
+    unchecked = None if flat.dtype in LEAST else unchecked
     cuts = bucket.cuts(exchange, ctx.world_size, flat.dtype, ctx.piece)
     configuration = f"{bucket.configuration} {flat.dtype} {exchange}"
     if staging is not None and not staging.stages:
@@ -78,6 +84,13 @@ def all_reduce_mean(
     header = _header(ctx, flat.numel(), bucket.coded_numel, configuration, bucket.checksum)
     ways = [group.codec.agree for group in bucket.coded]
     shared = yield from agree(header, local, ways, ctx, flat.device, unchecked=unchecked, last=last and not cuts)
+    outside = frozenset[int]()
+    if staging is None:
+        outside = layers_outside(flat.dtype, [(group.codec, group.segments) for group in bucket.coded], shared)
+    if outside:
+        local, shared = _of_others(outside, [group.segments for group in bucket.coded], local, shared)
+        bucket = bucket.without_codec(outside)
+        cuts = bucket.cuts(exchange, ctx.world_size, flat.dtype, ctx.piece)
     with ctx.phase("encode", "prepare"):
         codings = [
             Coding(flat, group.segments, group.codec, mine, ours, key=ctx.key, rank=ctx.rank, world_size=ctx.world_size)
@@ -102,6 +115,7 @@ def all_reduce_mean(
         with ctx.phase("decode", "stages"):
             for group in bucket.coded:
                 staging.after(flat, group.layers, ctx)
+    return outside
 
 
 def agree(
@@ -172,7 +186,7 @@ def reduce_scatter(
     divisor: float,
     out: torch.Tensor,
     unchecked: list[Unchecked] | None = None,
-) -> Path[None]:
+) -> Path[frozenset[int]]:
     """Reduce-scatter: write the sum of this rank's row over ranks, divided by `divisor`, to `out`.
 
     The same bits as in the shard of :func:`all_reduce_mean`, except if the codec's `narrowing` rounds the sums there.
@@ -183,6 +197,9 @@ def reduce_scatter(
         ctx, unchecked: see :func:`all_reduce_mean`.
         divisor: W for the mean, 1 for the sum.
         out: (k,), of the same dtype; elements that belong to no parameter become 0.
+
+    Returns:
+        The numbers of the layers that an integer codec could not represent.
 
     Raises:
         ValueError: the size of `flat` or `out` does not fit `shards`.
@@ -200,7 +217,12 @@ def reduce_scatter(
     configuration = f"{shards.configuration} {flat.dtype} scatter, over {divisor}"
     header = _header(ctx, flat.numel(), shards.coded_numel, configuration, shards.checksum)
     ways = [group.codec.agree for group in shards.coded]
+    unchecked = None if flat.dtype in LEAST else unchecked
     shared = yield from agree(header, local, ways, ctx, flat.device, unchecked=unchecked)
+    scales = [(group.codec, group.scales) for group in shards.coded]
+    if outside := layers_outside(flat.dtype, scales, shared):
+        local, shared = _of_others(outside, [each for _, each in scales], local, shared)
+        shards = shards.without_codec(outside)
     parts: list[Part] = []
     with ctx.phase("encode", "prepare"):
         for group, mine, ours in zip(shards.coded, local, shared, strict=True):
@@ -224,6 +246,17 @@ def reduce_scatter(
             kind: Any = {"label": each.label, "dtype": each.dtype}
             parts.append(Floats(flat, each.segments, each.edges, divisor=divisor, target=target, **kind))
     yield from exchanges.reduce_scatter(parts, ctx, flat.device, clear=out)
+    return outside
+
+
+def _of_others(
+    numbers: frozenset[int], segments: Sequence[Segments], local: Sequence[Local], shared: Sequence[Agreed]
+) -> tuple[list[Local], list[Agreed]]:
+    """The statistics of the segments that belong to other layers than these; without groups of which none is left."""
+    keep = [~each.belong_to(numbers) for each in segments]
+    left = [(mine[..., which], ours[..., which]) for mine, ours, which in zip(local, shared, keep, strict=True)]
+    left = [each for each, which in zip(left, keep, strict=True) if which.any()]
+    return [Local(mine) for mine, _ in left], [Agreed(ours) for _, ours in left]
 
 
 def _measure_whole(flat: torch.Tensor, group: CodedShards) -> Local:
@@ -243,7 +276,7 @@ def all_reduce_mean_between_nodes(
     *,
     exchange: str = "auto",
     unchecked: list[Unchecked] | None = None,
-) -> Path[None]:
+) -> Path[frozenset[int]]:
     """Two-level :func:`all_reduce_mean`: floats inside a node, over its fast links, and codes between nodes.
 
     1. Reduce-scatter inside the node: its rank r gets the node's mean of row r.
@@ -257,6 +290,9 @@ def all_reduce_mean_between_nodes(
         flat, bucket, exchange, unchecked: see :func:`all_reduce_mean`; `bucket` must describe all elements of `flat`.
         node: of the ranks of this node; all nodes must have the same number of ranks.
         between: of the ranks at the same place on every node, as many as there are nodes.
+
+    Returns:
+        The numbers of the layers in this rank's row that an integer codec could not represent.
     """
     check_dtype(flat)
     bucket.check(flat)
@@ -270,7 +306,7 @@ def all_reduce_mean_between_nodes(
     floats = Floats(flat, whole, edges, divisor=node.world_size, label="intra", target=(row, own))
     yield from within("node", exchanges.reduce_scatter([floats], node, flat.device))
     part = bucket.clipped(node.rank * width, (node.rank + 1) * width)
-    yield from within("between", all_reduce_mean(row, part, between, exchange=exchange, unchecked=unchecked))
+    outside = yield from within("between", all_reduce_mean(row, part, between, exchange=exchange, unchecked=unchecked))
     back = Floats(row, Segments([width]), (0, width), divisor=1.0)
     message = row.new_empty(back.back_nbytes, dtype=torch.uint8)
     with node.phase("exchange", "gather inside"):
@@ -279,6 +315,7 @@ def all_reduce_mean_between_nodes(
     received = yield Message("all_gather", message, group="node", last=True)
     with node.phase("decode"):
         floats.unpack(received)
+    return outside
 
 
 def all_reduce_mean_sparse(
@@ -353,6 +390,8 @@ def measured(codec: IntegerCodec, flat: torch.Tensor, segments: Segments) -> Loc
             f"{codec!r}.measure: wanted (L,) or (K, L) torch.float32 with L = {len(segments)}, got shape "
             f"{tuple(local.shape)}, {local.dtype}"
         )
+    if isinstance(codec, UniformCodec):
+        mark_tiny(local, flat, segments)
     return local
 
 

@@ -50,6 +50,11 @@ class CodedShards:
         numbers = [each.number for each in self._parameters]
         return Segments([each.size for each in self._parameters], layers=numbers)
 
+    @cached_property
+    def scales(self) -> Segments:
+        """One segment for each scale, in a buffer that holds only these parameters."""
+        return self.codec.scaled(self.layers)
+
     def whole(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter from the buffer `flat`, (size,) in element order: a view if contiguous, else a copy."""
         found = []
@@ -114,6 +119,7 @@ class Shards:
         world_size: int,
     ) -> None:
         self.world_size, self.row = world_size, row
+        self._coded, self._floats = coded, floats
         self.coded = [CodedShards(codec, parameters, row, world_size) for codec, parameters in coded]
         self._codecs = [codec for codec, _ in floats]
         self.floats = [
@@ -135,6 +141,26 @@ class Shards:
             floats = [(group.own(rank), codec) for group, codec in zip(self.floats, self._codecs, strict=True)]
             self._buckets[rank] = Bucket([*coded, *floats])
         return self._buckets[rank]
+
+    def numel_of(self, numbers: frozenset[int]) -> int:
+        """Number of elements of the parameters with these numbers that use an integer codec."""
+        return sum(each.size for _, parameters in self._coded for each in parameters if each.number in numbers)
+
+    def without_codec(self, numbers: frozenset[int]) -> "Shards":
+        """The layout in which the parameters with these numbers use no integer codec."""
+        groups = _Groups(self.world_size)
+        for codec, parameters in self._coded:
+            for each in parameters:
+                if each.number not in numbers:
+                    groups.add_coded(codec, *each)
+                    continue
+                for run in each.runs:
+                    groups.add_slice(None, run.offset // self.row, run.offset % self.row, run.length)
+        for half, slices in self._floats:
+            for rank, held in enumerate(slices):
+                for place, length in held:
+                    groups.add_slice(half, rank, place, length)
+        return groups.shards(self.row)
 
     @classmethod
     def by_chunks(
@@ -225,7 +251,10 @@ class _Groups:
         self._floats.setdefault(half, [[] for _ in range(self._world_size)])[rank].append((place, length))
 
     def shards(self, row: int) -> Shards:
-        floats = [(codec if isinstance(codec, Half) else None, slices) for codec, slices in self._floats.items()]
+        floats = [
+            (codec if isinstance(codec, Half) else None, [sorted(held) for held in slices])
+            for codec, slices in self._floats.items()
+        ]
         return Shards(list(self._coded.items()), floats, row, self._world_size)
 
 
