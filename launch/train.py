@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 import terncomm
 from terncomm.simulator.workloads import DataError, Options, Workload, add_arguments, cosine, load
 
+CODECS = ("none", "fp16", "bf16", "int8", "terngrad")
 PROGRESS_S = 5.0
 
 
@@ -37,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--codec", choices=["none", "fp16", "bf16", "int8", "terngrad"], default="terngrad")
+    parser.add_argument("--codec", default="terngrad", help=f"{', '.join(CODECS)}, or one of yours as FILE.py:CLASS")
     parser.add_argument("--between-nodes", action="store_true", help="code between nodes alone, average floats inside")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps-per-epoch", type=int, help="at most so many (default: all data; at most 30 for text)")
@@ -50,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl with a GPU per rank, else gloo")
     args = parser.parse_args()
+    if args.codec not in CODECS and ":" not in args.codec:
+        parser.error(f"--codec: wanted {', '.join(CODECS)}, or FILE.py:CLASS, got {args.codec}")
     if args.between_nodes and args.codec in ("none", "fp16"):
         parser.error(f"--between-nodes needs a codec of terncomm, got --codec {args.codec}")
     if args.steps_per_epoch is not None and args.steps_per_epoch < 1:

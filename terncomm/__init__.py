@@ -21,7 +21,14 @@ __all__ = [
     "register",
 ]
 
-_ON_FIRST_USE = ("horovod", "lightning", "reduce", "simulator", "transformers")  # some import what not all users have
+_ON_FIRST_USE = (
+    "horovod",
+    "lightning",
+    "reduce",
+    "simulator",
+    "testing",
+    "transformers",
+)  # some import what not all users have
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from jobs import ended, torchrun
 def test_it_measures_and_advises():
     began = time.monotonic()
     said = ended(torchrun("-m", "terncomm", "doctor", "--params", "2M", "--compute-ms", "50", "--seconds", "4"))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 150
     assert "MODE: measured. 2 ranks over gloo" in said
     assert re.search(r"^ +0  \S+ +lo +127\.0\.0\.1", said, re.MULTILINE), said
     for codec in ("none", "fp16", "int8", "terngrad"):
@@ -33,7 +33,7 @@ def test_an_interface_that_is_not_there_is_told_at_once():
         os.environ.pop("GLOO_SOCKET_IFNAME") if before is None else os.environ.update(GLOO_SOCKET_IFNAME=before)
     said, _ = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert "there is no interface nope0; there are: " in said
     assert "lo (127.0.0.1)" in said
 

@@ -335,7 +335,7 @@ def test_a_workload_of_ones_own(tmp_path):
     broken.write_text("1 / 0")
     with pytest.raises(ValueError, match="ZeroDivisionError: division by zero"):
         load(f"{broken}:regression", Options())
-    for name, message in [("nothing", "returned int, wanted"), ("gone", "has no function 'gone'")]:
+    for name, message in [("nothing", "returned int, wanted"), ("gone", "has no 'gone'")]:
         with pytest.raises(ValueError, match=message):
             load(f"{file}:{name}", Options())
     with pytest.raises(ValueError, match="is not a file"):

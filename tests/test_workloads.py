@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 from compare import parse_arguments
-from jobs import ROOT, ended, ended_but_copied, read, stop, torchrun
+from jobs import ROOT, stop, torchrun
 from torch.nn import functional
 
 from terncomm.simulator import workloads
@@ -246,26 +246,6 @@ def test_text_that_cannot_be_used(tmp_path):
 
 def train(*options):
     return torchrun(ROOT / "launch" / "train.py", "--epochs=3", "--batch-size=4", *options)
-
-
-@pytest.mark.slow
-def test_resumed_run_is_the_whole_run_bit_for_bit(tmp_path):
-    """With a transformer on a text; tests/test_train.py does it with digits."""
-    text = tmp_path / "text"
-    text.write_text(" ".join(f"word{i * i % 97}" for i in range(1500)))
-    options, steps = ["--data=text", f"--text={text}", "--steps-per-epoch=3", "--codec=int8"], 3
-    whole, killed, metrics = tmp_path / "whole.pt", tmp_path / "killed.pt", tmp_path / "metrics.jsonl"
-    ended_but_copied(train(*options, f"--checkpoint={whole}"), whole, killed)
-    printed = ended(train(*options, f"--checkpoint={killed}", f"--metrics={metrics}"))
-    assert "resumed from" in printed
-    assert 1 <= printed.count("test accuracy") < 3, "the checkpoint was copied too late"
-    expected, found = torch.load(whole), torch.load(killed)
-    assert found["epoch"] == expected["epoch"] == 3
-    assert found["compression"] == expected["compression"]
-    for part in ("network", "optimizer", "schedule"):
-        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
-    records = read(metrics)
-    assert [record["step"] for record in records] == [steps, 2 * steps, 3 * steps]
 
 
 @pytest.mark.slow

@@ -91,7 +91,10 @@ class Half(Codec):
 class IntegerCodec(Codec):
     """Base class of integer codecs: codes are integers, scaled by statistics that all ranks share.
 
-    A subclass defines `name`, `alphabet`, `measure`, `encode` and `decode`.
+    A subclass defines `name`, `alphabet`, `measure`, `encode` and `decode`. :func:`terncomm.testing.check_codec` checks
+    it. What `measure` and `encode` get as `flat`, and `decode` as `out`, is the buffer of a whole bucket. Other layers
+    may lie before, between and behind those of `segments`. Segment s is the elements from `segments.offsets[s]` on, as
+    many as `segments.sizes[s]`.
     """
 
     @property

@@ -5,6 +5,7 @@ import difflib
 from terncomm.codecs.base import Codec, Half, check_frozen
 from terncomm.codecs.int8 import Int8
 from terncomm.codecs.ternary import Ternary
+from terncomm.from_file import attribute
 
 _ELSEWHERE = {"none": " (for none, register no hook)"}
 _NAMED: dict[str, Codec] = {
@@ -18,7 +19,7 @@ _NAMED: dict[str, Codec] = {
 def codec_for(codec: "str | Codec") -> Codec:
     """A codec from its name: "terngrad" is `Ternary(clip=2.5)` as published, "int8" is `Int8(block=2048)`.
 
-    "bf16" and "fp16" are :class:`Half`: floats of 16 bits.
+    "bf16" and "fp16" are :class:`Half`: floats of 16 bits. "FILE.py:NAME" is a codec of one's own, or its class.
 
     Raises:
         ValueError: the name is unknown.
@@ -32,11 +33,17 @@ def codec_for(codec: "str | Codec") -> Codec:
         return codec
     if not isinstance(codec, str):
         raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}{_hint(codec)}")
+    if ":" in codec:
+        found = attribute(codec)
+        return codec_for(found() if isinstance(found, type) and issubclass(found, Codec) else found)
     if codec not in _NAMED:
         meant = difflib.get_close_matches(codec.lower(), _NAMED, n=1, cutoff=0.8)
         advice = f" (did you mean {meant[0]!r}?)" if meant else _ELSEWHERE.get(codec, "")
         known = ", ".join(sorted(_NAMED))
-        raise ValueError(f"unknown codec {codec!r}{advice}; known: {known}, or a codec such as Ternary()")
+        raise ValueError(
+            f"unknown codec {codec!r}{advice}; known: {known}, or a codec such as Ternary(), or one of yours as "
+            "FILE.py:CLASS"
+        )
     return _NAMED[codec]
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{LINK_WORDS} (default: 100mbit 1gbit 10gbit 100gbit)",
     )  # fmt: skip
     parser.add_argument("--codecs", nargs="+", default=["none", "fp16", "int8", "terngrad"], metavar="CODEC",
-                        help=", ".join(CODECS))  # fmt: skip
+                        help=f"{', '.join(CODECS)}, or one of yours as FILE.py:CLASS")  # fmt: skip
     parser.add_argument("--per-node", type=int, default=1, help="workers that share a node's link")
     parser.add_argument("--inside", help="link between the workers of a node (default: takes no time)")
     parser.add_argument(
@@ -118,6 +118,8 @@ def main(args: argparse.Namespace) -> int:
             "the codecs' speed is assumed: on CUDA they are plain torch today, slower and not measured. "
             "--device cpu-core: measured"
         )
+    if job.measured:
+        print(f"cost of {', '.join(job.measured)}: measured now, on a core of this machine; how noisy is not known")
     advised = set()
     for workers in args.workers:
         print(f"\nW = {workers}" + (f", {args.per_node} on each node" if args.per_node > 1 else ""))

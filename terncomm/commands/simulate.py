@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["none", "fp16", "int8", "terngrad"],
         metavar="CODEC",
         help=f"{', '.join(CODECS)}; {_ACCUMULATE}K: none, K steps' gradients added up before one exchange; or as "
-        '"Ternary(clip=1.5)"',
+        '"Ternary(clip=1.5)", or one of yours as FILE.py:CLASS',
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[4], metavar="W")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")

@@ -12,13 +12,13 @@ from torch import nn
 from terncomm.layers import Layers, clean
 from terncomm.segments import Segments
 from terncomm.simulator.buckets import rebuilt_buckets
-from terncomm.simulator.codec_costs import FREE, Cost
+from terncomm.simulator.codec_costs import FREE, Cost, measure
 from terncomm.simulator.fabric import GLOO, Fabric, Software, Switched
 from terncomm.simulator.links import Link
 from terncomm.simulator.networks import Network
 from terncomm.simulator.predict import Load, load_of, predict, sent_bytes
 from terncomm.simulator.provenance import provenance
-from terncomm.simulator.reductions import family, reduction_for
+from terncomm.simulator.reductions import Coded, family, reduction_for
 from terncomm.simulator.timeline import Compute, StepTime
 
 FP16 = (
@@ -26,6 +26,7 @@ FP16 = (
     "torch.distributed.algorithms.ddp_comm_hooks.default_hooks.fp16_compress_hook)"
 )
 WORTH = 1.05  # a codec that makes steps less than this much faster is not advised
+_MEASURED_RANKS = 4  # whose codes are added up where a codec's cost is measured
 GENTLEST = ("none", "fp16", "int8", "terngrad")  # least noise first
 
 
@@ -119,7 +120,7 @@ class Job:
 
     def point(self, codec: str, workers: int, fabric: Fabric) -> StepTime:
         """The time of a step."""
-        cost = FREE if codec == "none" else self.device.costs[family(codec)]
+        cost = FREE if codec == "none" else self.device.costs.get(family(codec)) or self._measured(codec)
         compute, _ = self._laid_out
         loads = self._loads(codec, workers)
         device = self.device
@@ -168,6 +169,23 @@ class Job:
         return Compute(total_s / 3, ready, backward_s), [
             (*layers.of_bucket(bucket), bucket[0].itemsize) for bucket in buckets
         ]
+
+    def _measured(self, codec: str) -> Cost:
+        """The cost of a codec of the user's own, measured once, on a core of this machine."""
+        if codec not in self._costs:
+            reduction = reduction_for(codec)
+            assert isinstance(reduction, Coded)
+            self._costs[codec] = measure(reduction.codec, _MEASURED_RANKS)
+        return self._costs[codec]
+
+    @property
+    def measured(self) -> list[str]:
+        """The codecs whose cost was measured on this machine, because the device does not have it."""
+        return list(self._costs)
+
+    @cached_property
+    def _costs(self) -> dict[str, Cost]:
+        return {}
 
     @cached_property
     def _known(self) -> dict[tuple[str, int], list[Load]]:
@@ -248,7 +266,7 @@ def advice(steps_s: Mapping[str, float], *, near: float = 1.1) -> tuple[str, str
         return "none", "keep none: no codec makes steps faster"
     if none_s < WORTH * best_s:
         return "none", f"keep none: the quickest, {quickest}, would make steps {none_s / best_s:.2f}x as fast"
-    order = sorted(steps_s, key=lambda codec: GENTLEST.index(family(codec)))
+    order = sorted(steps_s, key=lambda codec: (*GENTLEST, family(codec)).index(family(codec)))
     chosen = next(codec for codec in order if steps_s[codec] <= near * best_s)
     faster = f"{chosen}: steps {none_s / steps_s[chosen]:.2f}x as fast as without"
     if chosen == quickest:

@@ -98,6 +98,8 @@ class Coded:
 def family(name: str) -> str:
     """Of the codecs that are known by name, the one that this is a kind of: for costs, and for what is gentler.
 
+    A codec of the user's own is a kind of its own.
+
     >>> family("Int8(block=512)"), family("terngrad-noclip"), family("bf16")
     ('int8', 'terngrad', 'fp16')
     """
@@ -105,12 +107,13 @@ def family(name: str) -> str:
     if isinstance(reduction, Coded):
         if isinstance(reduction.codec, Half):
             return "fp16"
-        return "int8" if isinstance(reduction.codec, Int8) else "terngrad"
+        kinds: dict[type[Codec], str] = {Int8: "int8", Ternary: "terngrad"}
+        return next((kind for cls, kind in kinds.items() if type(reduction.codec) is cls), name)
     return name
 
 
 def reduction_for(name: str) -> Reduction:
-    """The reduction of a name in CODECS, or of a codec as it is written: "Ternary(clip=1.5)".
+    """The reduction of a name in CODECS, of a codec as it is written, "Ternary(clip=1.5)", or of "FILE.py:CLASS".
 
     Raises:
         ValueError: neither.
@@ -124,7 +127,7 @@ def reduction_for(name: str) -> Reduction:
         return Exact(torch.float16)
     if name == "terngrad-noclip":
         return Coded(Ternary(clip=None))
-    if name in CODECS:
+    if name in CODECS or ":" in name:
         return Coded(codec_for(name))
     try:
         call = ast.parse(name, mode="eval").body
@@ -135,7 +138,10 @@ def reduction_for(name: str) -> Reduction:
         options = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, KeyError, ValueError):
         known = ", ".join(CODECS)
-        raise ValueError(f"unknown codec {name!r}; known: {known}, or as Ternary(clip=1.5), Int8(block=512)") from None
+        raise ValueError(
+            f"unknown codec {name!r}; known: {known}, or as Ternary(clip=1.5), Int8(block=512), or one of yours as "
+            "FILE.py:CLASS"
+        ) from None
     try:
         return Coded(kind(**options))
     except TypeError as error:

@@ -1,15 +1,12 @@
 """What can be trained on: a data set, a network that suits it, and options that train it well."""
 
 import argparse
-import importlib
-import importlib.util
-import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from terncomm.from_file import attribute, importing_beside
 from terncomm.simulator.workloads.base import DataError, Options, Workload, cosine
 from terncomm.simulator.workloads.cifar10 import cifar10
 from terncomm.simulator.workloads.digits import digits
@@ -54,40 +51,17 @@ def module_of(name: str) -> tuple[nn.Module, Any]:
 
 
 def _call(name: str, *arguments: object) -> Any:
-    """Call "module:function" or "file.py:function"; what is beside the file can be imported."""
-    where, _, function = name.rpartition(":")
-    path = Path(where)
-    if path.suffix == ".py" and not path.is_file():
-        raise DataError(f"{where} is not a file; wanted: FILE.py:FUNCTION")
-    folder = str(path.parent.resolve() if path.suffix == ".py" else Path.cwd())
-    sys.path.insert(0, folder)
+    """Call "module:function" or "file.py:function"."""
     try:
-        module = _load_file(path) if path.suffix == ".py" else importlib.import_module(where)
-        if not hasattr(module, function):
-            raise DataError(f"{where} has no function {function!r}")
-        return getattr(module, function)(*arguments)
+        function = attribute(name)
+        with importing_beside(name.rpartition(":")[0]):
+            return function(*arguments)
     except DataError:
         raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
     except Exception as error:
         raise DataError(f"{name}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(folder)
-
-
-def _load_file(path: Path) -> Any:
-    """The module in a file, whatever others have its name."""
-    name = f"{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
