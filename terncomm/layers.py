@@ -23,7 +23,8 @@ class Layers:
             have a number, too, so freezing and thawing do not change the rounding noise of the others.
         rules: the codec of each parameter; by default "terngrad" for all.
         skip: parameters that are averaged without a codec: shell patterns for parameter names or module names.
-        min_numel: parameters with fewer elements, or with fewer than two dimensions, do not use integer codecs.
+        min_numel: parameters with fewer elements do not use integer codecs, nor do vectors, also in the shape (1, N) or
+            (1, C, 1, 1).
         exempt: groups, out of GROUPS, that do not use integer codecs unless a rule other than "default" matches them.
             :meth:`adopt` finds the groups in the model's structure.
 
@@ -111,7 +112,7 @@ class Layers:
         kinds = self._kinds.get(parameter, frozenset())
         pattern, codec = self.rules.match(name, kinds)
         if isinstance(codec, IntegerCodec):
-            if parameter.dim() < 2 or parameter.numel() < self.min_numel:
+            if _is_vector(parameter) or parameter.numel() < self.min_numel:
                 return None, "small"
             if pattern == DEFAULT and (exempt := sorted(kinds.intersection(self.exempt))):
                 return None, exempt[0]
@@ -181,6 +182,12 @@ class Layers:
 def _segments(rows: list[tuple[int, int, int]]) -> Segments:
     sizes, offsets, layers = zip(*rows, strict=True) if rows else ((), (), ())
     return Segments(sizes, offsets=offsets, layers=layers)
+
+
+def _is_vector(parameter: torch.Tensor) -> bool:
+    """Whether it has one dimension, or others that are all 1 and begin with the first: scales, biases, tokens."""
+    shape = parameter.shape
+    return len(shape) < 2 or (shape[0] == 1 and sum(size > 1 for size in shape) < 2)
 
 
 def clean(name: str) -> str:

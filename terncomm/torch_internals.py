@@ -161,6 +161,14 @@ def comm_hook_of(ddp: nn.parallel.DistributedDataParallel) -> Any:
     return hooks[0][0] if hooks else None
 
 
+def optimizer_in_backward(ddp: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether `_apply_optimizer_in_backward` was called on its parameters: `Tensor._in_backward_optimizers`.
+
+    2.6 to 2.13. DDP registers a communication hook for it in the first forward pass.
+    """
+    return any(hasattr(parameter, "_in_backward_optimizers") for parameter in ddp.module.parameters())
+
+
 def models_with_hook_state(state: Any) -> list[nn.parallel.DistributedDataParallel]:
     """The DDP models in this process whose communication hook has this state: `_comm_hooks`, 2.6 to 2.13.
 

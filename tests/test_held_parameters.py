@@ -1,6 +1,8 @@
 """Parameters that are frozen, thawed, ignored by DDP or empty. Functions up to the tests run on ranks."""
 
+import logging
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch.distributed as dist
 from test_ddp_hook import backward, gradients, mlp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _MixedPrecision
 
 import terncomm
+from terncomm import ops
 from terncomm.transports import LocalTransport
 
 
@@ -153,3 +157,36 @@ def test_only_what_requires_a_gradient_is_judged_and_compared():
     frozen.requires_grad_(True)
     with pytest.raises(TypeError, match=r"eighth is torch\.float8_e4m3fn"):
         state.check_dtypes()
+
+
+def other_hooks():
+    """What `register` says of models that take DDP's only hook."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it uses what is deprecated
+        from torch.distributed.optim import _apply_optimizer_in_backward
+    told = []
+    mixed = _MixedPrecision(param_dtype=torch.bfloat16)
+    stepping = nn.Linear(8, 8)
+    _apply_optimizer_in_backward(torch.optim.SGD, stepping.parameters(), {"lr": 0.1})
+    logging.getLogger("torch").setLevel(logging.ERROR)  # torch says which mixed precision it was given
+    for network, options in ((nn.Linear(8, 8), {"mixed_precision": mixed}), (stepping, {})):
+        with pytest.raises(RuntimeError) as error:
+            terncomm.register(DistributedDataParallel(network, **options), "int8")
+        told.append(str(error.value))
+    logging.getLogger("torch").setLevel(logging.WARNING)
+    return told
+
+
+def test_what_takes_the_only_hook_is_named(on_ranks):
+    for mixed, stepping in on_ranks(2, other_hooks):
+        assert "DistributedDataParallel(mixed_precision=) reduces gradients by a communication hook of its own" in mixed
+        assert "torch.autocast" in mixed
+        assert "an optimizer runs inside the backward pass of this model" in stepping
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", True), ("meta", True), ("cuda", False)])
+def test_kernels_of_the_cpu_are_compiled_for_the_cpu(device, compiled):
+    with mock.patch.object(ops, "compile_kernels") as compile_kernels:
+        state = terncomm.CommState("int8")
+        state.get_ready(torch.device(device))
+    assert compile_kernels.called == compiled

@@ -65,6 +65,15 @@ class Tied(nn.Module):
         self.last = nn.Linear(16, 8)
 
 
+@pytest.mark.parametrize(
+    ("shape", "coded"),
+    [((1, 2000), False), ((1, 2000, 1, 1), False), ((1, 1, 2000), False), ((2000, 1), True), ((2, 1000), True)],
+)
+def test_vectors_of_more_dimensions_are_vectors(shape, coded):
+    weight = nn.Parameter(torch.zeros(shape))
+    assert Layers([("weight", weight)]).codes(weight) == coded
+
+
 def frozen():
     return nn.Linear(4, 4).requires_grad_(False)
 

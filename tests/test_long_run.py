@@ -1,4 +1,4 @@
-"""Three thousand steps take no more memory, descriptors or threads than a thousand; nor do many models in turn."""
+"""Two thousand steps take no more memory, descriptors or threads than a thousand; nor do many models in turn."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import terncomm
 
-STEPS = 3_000
+STEPS = 2_000
 
 
 def resources():

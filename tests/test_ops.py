@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import tempfile
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from laws import gaussian, same_bits
 
 from terncomm import ops
 from terncomm.keys import Key
-from terncomm.ops import Rounding, cpu, reference, shapes
+from terncomm.ops import Rounding, caching, cpu, reference, shapes
 from terncomm.segments import Segments
 from terncomm.wire import packing_for
 
@@ -433,6 +434,26 @@ def test_without_numba_the_reference_serves_the_cpu(monkeypatch, caplog):
     assert same_bits(ops.peaks(torch.ones(3), Segments([3])), torch.ones(1))
     (record,) = caplog.records
     assert "Numba is not usable (no module numba)" in record.message
+
+
+def test_a_cache_on_disk_that_cannot_be_used_is_named_and_done_without(monkeypatch, caplog, tmp_path):
+    import importlib
+
+    def broken(name):
+        if name == "terncomm.ops.cpu" and caching.enabled:
+            raise EOFError("Ran out of input")
+        return cpu if name == "terncomm.ops.cpu" else real(name)
+
+    real = importlib.import_module
+    for name in ("terncomm.ops.cpu", "terncomm.ops._numba"):
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])  # they are put back
+    monkeypatch.setattr(caching, "enabled", True)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert ops.compile_kernels.__wrapped__() is cpu
+    assert not caching.enabled
+    told = f"Numba's cache in {tmp_path} cannot be used (EOFError: Ran out of input). This process compiles its kernels"
+    assert [told in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
 
 
 def test_a_device_without_kernels_is_told_once(caplog, monkeypatch):

@@ -1,8 +1,10 @@
 """A codec of the user's own by "FILE.py:NAME", where codecs have names."""
 
+import sys
+
 import pytest
 import torch
-from jobs import ended, torchrun
+from train import parse_arguments
 
 import terncomm
 from terncomm.cli import main
@@ -91,17 +93,13 @@ def test_it_is_simulated(own, tmp_path, capsys):
     assert f"{own}:Mine" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_it_trains(own):
-    text = ended(torchrun("launch/train.py", "--codec", f"{own}:Mine", "--epochs", "1", "--steps-per-epoch", "2"))
-    assert "train loss" in text
-
-
-def test_a_name_that_is_none_is_refused_by_the_script():
-    job = torchrun("launch/train.py", "--codec", "ternary")
-    text, _ = job.communicate(timeout=150)
-    assert job.returncode != 0
-    assert "--codec: wanted none, fp16, bf16, int8, terngrad, or FILE.py:CLASS, got ternary" in text
+def test_the_training_script_takes_it(own, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--codec", f"{own}:Mine"])
+    assert parse_arguments().codec == f"{own}:Mine"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--codec", "ternary"])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert "--codec: wanted none, fp16, bf16, int8, terngrad, or FILE.py:CLASS, got ternary" in capsys.readouterr().err
 
 
 def test_bits_are_those_of_the_codec(own):

@@ -19,7 +19,7 @@ from terncomm.hooks.sharded import ShardState
 from terncomm.hooks.state import CommState
 from terncomm.path.stages import Stage
 from terncomm.structure import GROUPS
-from terncomm.torch_internals import comm_hook_of, uses_python_reducer, wrapped_module
+from terncomm.torch_internals import comm_hook_of, optimizer_in_backward, uses_python_reducer, wrapped_module
 from terncomm.transports import Metered, Transport
 
 _NAMED = 5  # models that an error names at most
@@ -118,12 +118,7 @@ def register(
     if units:
         return register_fsdp1(model, units, codec, options)
     ddp = _unwrap(model)
-    if (hook := comm_hook_of(ddp)) is not None:
-        named = getattr(hook, "__qualname__", repr(hook))
-        raise RuntimeError(
-            f"this DDP model already has a communication hook, {named}, and DDP accepts only one. Construct a new "
-            "DistributedDataParallel; or switch a terncomm hook off and on with state.disable() and state.enable()."
-        )
+    _refuse_other_hooks(ddp)
     skips_buckets = getattr(ddp, "skip_all_reduce_unused_params", False)
     if stages and skips_buckets:
         raise TypeError(
@@ -144,6 +139,7 @@ def register(
             transport=transport,
         )
         state.check_dtypes()
+        state.get_ready(device)
         state.layers.adopt(ddp.module)
         configuration: dict[str, Any] = {
             **state.configuration(),
@@ -167,6 +163,29 @@ def _held(ddp: DistributedDataParallel) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters that DDP does not ignore. DDP knows a parameter of the model itself as ".NAME"."""
     named = [(name if "." in name else f".{name}", each) for name, each in ddp.module.named_parameters()]
     return [(name.removeprefix("."), each) for name, each in named if name not in ddp.parameters_to_ignore]
+
+
+def _refuse_other_hooks(ddp: DistributedDataParallel) -> None:
+    """Raise a RuntimeError if DDP's only communication hook is taken, or will be; the message says by what."""
+    if getattr(ddp, "mixed_precision", None) is not None:
+        raise RuntimeError(
+            "DistributedDataParallel(mixed_precision=) reduces gradients by a communication hook of its own, and DDP "
+            "accepts only one. Construct it without mixed_precision=, and use torch.autocast or "
+            "model.to(torch.bfloat16)."
+        )
+    hook = comm_hook_of(ddp)
+    named = getattr(hook, "__qualname__", repr(hook))
+    if optimizer_in_backward(ddp) or "optim" in named:
+        raise RuntimeError(
+            "an optimizer runs inside the backward pass of this model (_apply_optimizer_in_backward or "
+            "_register_fused_optim), for which DDP uses its only communication hook. Let the optimizer step after "
+            "backward."
+        )
+    if hook is not None:
+        raise RuntimeError(
+            f"this DDP model already has a communication hook, {named}, and DDP accepts only one. Construct a new "
+            "DistributedDataParallel; or switch a terncomm hook off and on with state.disable() and state.enable()."
+        )
 
 
 def _tell_refusal(

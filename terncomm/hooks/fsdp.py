@@ -156,6 +156,7 @@ def register_fsdp(
         "replicas": replicas is not None,
         "shard": f"{rank} of {ranks}" if replicas is not None else "",
     }
+    state.get_ready(device)
     connection = connect(replicas or shards, device, configuration)
     state.connect(connection.transport, connection)
     for index, (name, module, group) in enumerate(found):

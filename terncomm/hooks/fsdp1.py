@@ -113,7 +113,9 @@ def register_fsdp1(
         raise ValueError("no parameter requires a gradient: there is nothing to reduce")
     strategies = sorted({unit.sharding_strategy.name for _, unit in units})
     configuration = state.configuration() | {"FSDP units": len(units), "sharding": ", ".join(strategies)}
-    connection = connect(group, units[0][1].compute_device, configuration)
+    device = units[0][1].compute_device
+    state.get_ready(device)
+    connection = connect(group, device, configuration)
     state.connect(connection.transport, connection)
     for root in FullyShardedDataParallel.fsdp_modules(model, root_only=True):
         root.register_comm_hook(None, comm_hook)

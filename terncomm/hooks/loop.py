@@ -111,6 +111,7 @@ class GradientAverager(GradientReducer):
         held = f"{len(listed)} tensors of {total} elements, {names[0]} first (checksum of all: {order:08x})"
         configuration = {**self.configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
         home = self.parameters[0].device
+        self.get_ready(home)
         if transport is None or isinstance(transport, dist.ProcessGroup):
             group = transport or default_group()
             connection = connect(group, home, configuration)

@@ -23,7 +23,7 @@ class Options:
             `{"embedding": "int8", "*.lm_head": "int8", "default": "terngrad"}`.
         skip: parameters to be averaged uncompressed, in addition to `exempt`: shell patterns for the names of
             parameters or modules.
-        min_numel: parameters with fewer elements, or fewer than two dimensions, are averaged uncompressed (TernGrad's
+        min_numel: parameters with fewer elements, and vectors, are averaged uncompressed (TernGrad's
             `size_to_binarize`). "bf16" and "fp16" compress them too.
         warmup_steps: number of first steps in which all gradients are averaged uncompressed (TernGrad's
             `floating_grad_epoch`, in steps).

@@ -80,7 +80,6 @@ class GradientReducer:
         self._told_outside: set[int] = set()  # layers of which it was told that codes cannot represent them
         self._had_nodes = False  # whether intra_group was given; a copy does not have these groups
         self._detach()
-        ops.compile_kernels()
 
     def _detach(self) -> None:
         """Set what belongs to this process to its initial state: not connected, no statistics, no error."""
@@ -148,7 +147,9 @@ class GradientReducer:
     def stats(self) -> dict[str, int | float]:
         """Statistics of this rank since the start or the last :meth:`reset_stats`.
 
-        steps: steps begun. raw_bytes: size of the gradients before compression. wire_bytes: all bytes that this rank
+        steps: steps begun. raw_bytes: size of the gradients before compression. ring_bytes: what this rank would have
+        sent without a codec, by a ring: 2 (W - 1) / W of raw_bytes for an all-reduce, (W - 1) / W for the
+        reduce-scatter of FSDP, W - 1 times a sparse gradient. wire_bytes: all bytes that this rank
         sent (codes, scales, headers, padding, uncompressed layers). wire_bytes/CODEC: the part of wire_bytes that holds
         the layers of a codec, without scales. exact_bytes: the part that holds uncompressed gradients. coded_numel,
         exact_numel: elements averaged through a codec, and uncompressed. encode_s, exchange_s, decode_s: seconds in
@@ -227,6 +228,11 @@ class GradientReducer:
         return self.layers.codes(parameter)
 
     # ---- what engines call -------------------------------------------------------------------------------------
+
+    def get_ready(self, device: torch.device) -> None:
+        """Compile the kernels, if gradients on this device need them. Called before other ranks are waited for."""
+        if device.type in ("cpu", "meta"):
+            ops.compile_kernels()
 
     def check_dtypes(self) -> None:
         """Check the dtypes of the gradients to come.
@@ -369,7 +375,13 @@ class GradientReducer:
             nodes = (self.context(key, each) for each in self._nodes)
             outside = yield from all_reduce_mean_between_nodes(flat, bucket, *nodes, **options)
         coded_numel = bucket.coded_numel - bucket.numel_of(outside)
-        self.statistics.add(raw_bytes=flat.nbytes, coded_numel=coded_numel, exact_numel=bucket.numel - coded_numel)
+        world_size = self.transports["all"].world_size
+        self.statistics.add(
+            raw_bytes=flat.nbytes,
+            ring_bytes=2 * (world_size - 1) * flat.nbytes // world_size,
+            coded_numel=coded_numel,
+            exact_numel=bucket.numel - coded_numel,
+        )
         self.warn(complaint)
         self.tell_outside(outside, flat.dtype)
         return flat
@@ -392,7 +404,9 @@ class GradientReducer:
         context = self.context(key, self.transports["all"])
         mean = yield from all_reduce_mean_sparse(gradient, context, unchecked=self.unchecked(gradient))
         indices, values = sparse_parts(gradient)
-        self.statistics.add(raw_bytes=values.nbytes + indices.nbytes, coded_numel=0, exact_numel=values.numel())
+        nbytes = values.nbytes + indices.nbytes
+        gathered = (context.world_size - 1) * nbytes  # as PyTorch averages sparse gradients, too
+        self.statistics.add(raw_bytes=nbytes, ring_bytes=gathered, coded_numel=0, exact_numel=values.numel())
         return mean
 
     @contextmanager

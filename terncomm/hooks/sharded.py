@@ -140,8 +140,12 @@ class Unit(ABC):
             path = reduce_scatter(flat, shards, context, divisor=over, out=out, unchecked=state.unchecked(flat))
             outside = state.run(path, key.bucket)
             moved = shards.numel_of(outside)
-            numbers = {"coded_numel": shards.coded_numel - moved, "exact_numel": shards.exact_numel + moved}
-            state.statistics.add(raw_bytes=flat.nbytes, **numbers)
+            state.statistics.add(
+                raw_bytes=flat.nbytes,
+                ring_bytes=(state.world_size - 1) * flat.nbytes // state.world_size,
+                coded_numel=shards.coded_numel - moved,
+                exact_numel=shards.exact_numel + moved,
+            )
             state.warn(complaint)
             state.tell_outside(outside, flat.dtype)
 

@@ -121,6 +121,7 @@ class CommState(GradientReducer):
             RankFailed, ConfigurationsDiffer: see :func:`terncomm.hooks.connection.connect`.
             ValueError: rank or world size of the transport are not those of the process group.
         """
+        self.get_ready(device)
         group = self._group or default_group()
         if self._given is None:
             connection = connect(group, device, configuration)

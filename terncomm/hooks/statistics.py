@@ -46,9 +46,10 @@ class Statistics:
         """Count what these transports send from now on."""
         self._transports = {group: (each, each.sent_bytes) for group, each in transports.items()}
 
-    def add(self, *, raw_bytes: int, coded_numel: int, exact_numel: int) -> None:
+    def add(self, *, raw_bytes: int, ring_bytes: int, coded_numel: int, exact_numel: int) -> None:
         """Count a bucket."""
         self._counts["raw_bytes"] += raw_bytes
+        self._counts["ring_bytes"] += ring_bytes
         self._counts["coded_numel"] += coded_numel
         self._counts["exact_numel"] += exact_numel
 
@@ -71,7 +72,7 @@ class Statistics:
         clock, labels = self.account.clock, self.account.sent_bytes
         sent = {group: each.sent_bytes - before for group, (each, before) in self._transports.items()}
         return {
-            **{name: self._counts[name] for name in ("steps", "raw_bytes", "coded_numel", "exact_numel")},
+            **{name: self._counts[name] for name in ("steps", "raw_bytes", "ring_bytes", "coded_numel", "exact_numel")},
             "exact_bytes": labels["exact"] + labels["intra"],
             "wire_bytes": sum(sent.values()),
             **({"intra_bytes": sent["node"]} if "node" in sent else {}),

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from terncomm.ops import reference, shapes
+from terncomm.ops import caching, reference, shapes
 from terncomm.ops.reference import rounding, split_unit
 from terncomm.ops.types import Packing, Rounding
 from terncomm.segments import Segments
@@ -103,6 +104,8 @@ def _private_folder() -> Path:
 def _import_kernels() -> ModuleType:
     try:
         return importlib.import_module("terncomm.ops.cpu")
+    except ImportError:
+        raise
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
@@ -110,16 +113,38 @@ def _import_kernels() -> ModuleType:
 
         numba.config.CACHE_DIR = str(_private_folder() / "numba")  # type: ignore[attr-defined]
         return importlib.import_module("terncomm.ops.cpu")
+    except Exception as error:  # such as a full disk, or a file of the cache that is cut off
+        caching.enabled = False
+        for name in ("cpu", "_numba"):
+            sys.modules.pop(f"terncomm.ops.{name}", None)
+        module = importlib.import_module("terncomm.ops.cpu")
+        _log.warning(
+            "Numba's cache in %s cannot be used (%s: %s). This process compiles its kernels without it. If a file "
+            "there is damaged, remove the folder",
+            caching.folder(),
+            type(error).__name__,
+            error,
+        )
+        return module
+
+
+def _resident_mb() -> float:
+    """Resident memory of this process in MB; 0 where /proc does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except (OSError, ValueError):
+        return 0.0
 
 
 @cache
 def compile_kernels() -> ModuleType:
-    """Compile the CPU kernels, or load them from Numba's cache, and log how long it took.
+    """Compile the CPU kernels, or load them from Numba's cache, and log what it took of time and memory.
 
     Returns:
         Module `cpu`; or `reference`, after a warning, if Numba cannot be imported.
     """
-    begin = time.perf_counter()
+    begin, before_mb = time.perf_counter(), _resident_mb()
     try:
         importlib.import_module("numba")  # before the lock is taken: only compiling needs it
         with _one_at_a_time():
@@ -127,7 +152,8 @@ def compile_kernels() -> ModuleType:
     except ImportError as error:
         _log.warning("Numba is not usable (%s): encoding on the CPU falls back to plain torch, ~80x slower", error)
         return reference
-    _log.info("CPU kernels ready in %.1f s", time.perf_counter() - begin)
+    grown_mb = _resident_mb() - before_mb
+    _log.info("CPU kernels ready in %.1f s; Numba takes %.0f MB of memory", time.perf_counter() - begin, grown_mb)
     return module
 
 

@@ -20,6 +20,8 @@ Arguments shared by the kernels:
 import numba
 import numpy as np
 
+from terncomm.ops import caching
+
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 I32, I64, F32, F64 = np.int32, np.int64, np.float32, np.float64
 
@@ -38,7 +40,7 @@ _ZERO = F32(0)
 
 
 def _jit(signature):
-    return numba.njit(signature, nogil=True, cache=True, error_model="numpy", boundscheck=False)
+    return numba.njit(signature, nogil=True, cache=caching.enabled, error_model="numpy", boundscheck=False)
 
 
 _inline = numba.njit(inline="always", nogil=True, error_model="numpy", boundscheck=False)
