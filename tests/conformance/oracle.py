@@ -118,7 +118,8 @@ def delay(network: nn.Module, longest_s: float = 0.003) -> None:
 
 
 def is_coded(gradient: torch.Tensor, min_numel: int = 1024) -> bool:
-    return gradient.dim() > 1 and gradient.numel() >= min_numel and gradient.is_floating_point()
+    vector = gradient.dim() < 2 or (gradient.shape[0] == 1 and sum(size > 1 for size in gradient.shape) < 2)
+    return not vector and gradient.numel() >= min_numel and gradient.is_floating_point()
 
 
 def exact_mean(rows: list[torch.Tensor]) -> torch.Tensor:
