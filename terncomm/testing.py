@@ -15,7 +15,9 @@ from terncomm.keys import Key
 from terncomm.path.account import Context
 from terncomm.path.bucket import Bucket
 from terncomm.path.drivers import lockstep
-from terncomm.path.reduce import all_reduce_mean
+from terncomm.path.message import Path
+from terncomm.path.reduce import all_reduce_mean, reduce_scatter
+from terncomm.path.shards import Shards
 from terncomm.segments import Segments
 
 _SIZES = (1, 3, 64, 65, 700, 2049, 0, 1500)  # elements of the layers of a bucket
@@ -64,7 +66,9 @@ def check_codec(codec: Codec | str, *, unbiased: bool = True) -> list[str]:
         ("all ranks get the same bits, in both exchanges, with pieces of any size", _same_bits),
         ("a layer of zeros stays zero, and another one does not become zero", _zeros),
         ("an element that is not finite makes its segment non-finite, and no other layer", _not_finite),
-        ("each step and each rank has its own noise, or there is none", _noise),
+        ("ranks may agree on some segments at a time", _agrees_in_parts),
+        ("a reduce-scatter, whose rows end inside layers, gives the mean and the sum", _scattered),
+        ("each step, each rank and each layer has its own noise, or there is none", _noise),
     ]
     if unbiased and not _clips(codec):
         laws.append(("the mean of many codings is the gradient", _unbiased))
@@ -140,7 +144,10 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _is_a_value(codec: Codec) -> None:
     _require(bool(codec.name), "Its name is empty")
-    copy = pickle.loads(pickle.dumps(codec))
+    try:
+        copy = pickle.loads(pickle.dumps(codec))
+    except Exception as error:
+        raise LawBroken(f"It cannot be pickled: {error}") from error
     _require(copy == codec and hash(copy) == hash(codec) and repr(copy) == repr(codec), f"A copy is {copy!r}")
     if isinstance(codec, IntegerCodec):
         low, high = codec.alphabet
@@ -255,6 +262,50 @@ def _noise(codec: Codec) -> None:
     _require(not torch.equal(first, codes(Key(1, step=1))), "Two steps round alike")
     _require(not torch.equal(first, codes(Key(2))), "Two seeds round alike")
     _require(not torch.equal(first, codes(Key(1), rank=1)), "Two ranks round alike, so their errors do not cancel")
+    twice, both = flat[-1500:].repeat(2), codec.scaled(Segments([1500, 1500], layers=[1, 2]))
+    local = codec.measure(twice, both)
+    one, other = (
+        codec.encode(twice, both, local, codec.agree(local[None]), Key(1)).view(codec.planes, 2, 1500).unbind(1)
+    )
+    _require(not torch.equal(one, other), "Two equal layers round alike")
+
+
+def _agrees_in_parts(codec: Codec) -> None:
+    if not isinstance(codec, IntegerCodec):
+        return
+    layout = _dense()
+    segments = codec.scaled(layout.coded)
+    everyone = torch.stack([codec.measure(own, segments) for own in _gradients(3, layout, torch.float32)])
+    whole = codec.agree(everyone)
+    for begin, end in ((0, 1), (1, 5), (5, len(segments))):
+        part = codec.agree(everyone[..., begin:end])
+        words = f"Of segments {begin} to {end - 1} alone ranks agree on {_some(part.flatten())}, among all on others"
+        _require(_equal(part, whole[..., begin:end]), words)
+
+
+def _scattered(codec: Codec) -> None:
+    world_size, layout = 3, _dense()
+    row = -(-layout.numel // world_size)
+    own = torch.nn.functional.pad(_gradients(world_size, layout, torch.float32), (0, world_size * row - layout.numel))
+    places = layout.coded.offsets.tolist()
+    shards = Shards.in_a_row(_SIZES, places, _NUMBERS, [codec] * len(_SIZES), row, world_size)
+
+    def path(rank: int, divisor: float) -> Path[torch.Tensor]:
+        out = torch.empty(row)
+        ctx = Context(Key(5, 0, 3), rank, world_size)
+        yield from reduce_scatter(own[rank], shards, ctx, divisor=divisor, out=out)
+        return out
+
+    mean, total = (torch.cat(lockstep([path(rank, divisor) for rank in range(world_size)])) for divisor in (3.0, 1.0))
+    where = int((total - 3 * mean).abs().argmax())
+    rounding = 1e-2 if isinstance(codec, Half) else 1e-4
+    close = torch.allclose(total, 3 * mean, rtol=rounding, atol=1e-6)
+    _require(close, f"The sum over 3 ranks is {total[where]:.3g} where the mean is {mean[where]:.3g}")
+    if not isinstance(codec, IntegerCodec) or codec.narrowing(world_size) is None:
+        wanted = _reduced(codec, layout, own[:, : layout.numel])
+        where = int((mean[: layout.numel] - wanted).abs().argmax())
+        words = f"Element {where} is {mean[where]:.3g}, and by an all-reduce {wanted[where]:.3g}"
+        _require(_equal(mean[: layout.numel], wanted), words)
 
 
 def _uniform() -> torch.Tensor:
@@ -274,6 +325,8 @@ def _unbiased(codec: Codec) -> None:
     wanted = own.double().mean(dim=0)
     draws = torch.stack([_reduced(codec, layout, own, step=step).double() for step in range(_DRAWS)])
     error = draws - wanted
+    alike = isinstance(codec, IntegerCodec) and bool((draws == draws[0]).all())
+    _require(not alike or bool(error.abs().max() < 1e-6), "It rounds alike in all steps, so errors do not cancel")
     allowed = 1e-4 if isinstance(codec, Half) else 1e-5  # for the last rounding, to the nearest float
     for words, sign in (("their sum", torch.ones(())), ("their magnitude", wanted.sign())):
         each = (error * sign).mean(dim=1)

@@ -22,8 +22,8 @@ def meet(store, world_size, *, absent=(), limit_s=LIMIT_S):
 
 
 def share_a_store(stores):
-    """Whether what one rank writes can be read by all, and was not there before."""
-    assert not stores[0].check(["hello"])
+    """Whether what one rank writes can be read by all, and was not there before. NCCL and gloo use "0" and "0/0"."""
+    assert not any(stores[0].check([key]) for key in ("hello", "0", "1", "0/0", "0/1"))
     stores[0].set("hello", "")
     return all(store.check(["hello"]) for store in stores)
 
@@ -83,3 +83,23 @@ def test_who_gave_up_is_not_counted(store):
 def test_ranks_are_named_by_their_global_numbers(store):
     with pytest.raises(RankFailed, match="rank 4, 6 has not come"):
         Meeting(store, [2, 4, 6], 0).wait(0.1)
+
+
+def test_a_rank_that_saw_all_and_left_is_not_met(store):
+    """It has written that it saw the other; the other looks when it has gone."""
+    first, second = Meeting(store, [0, 1], 0), Meeting(store, [0, 1], 1)
+    second._come()
+    with pytest.raises(RankFailed, match="rank 1 has not come"):
+        first.wait(0.1)
+    first.leave()
+    with pytest.raises(RankFailed, match="rank 0 has not come"):
+        second.wait(0.1)
+
+
+def test_who_left_is_named(store):
+    first, second = Meeting(store, [0, 1], 0), Meeting(store, [0, 1], 1)
+    first._come()
+    assert not second._met(), "it saw the token of rank 0"
+    first.leave()
+    with pytest.raises(RankFailed, match=r"^rank 0 has not come"):
+        second.wait(0.1)

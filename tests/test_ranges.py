@@ -123,6 +123,12 @@ def test_shards_are_treated_alike(dtype, codec):
     assert shards.numel_of(frozenset({1, 2})) == SIZE
 
 
+def test_layers_of_no_element_are_no_trouble():
+    own = gradients(torch.float16, 1e-6)
+    bucket = Bucket([(Segments([SIZE, 0]), Int8())])
+    assert reduced(bucket, own)[1] == {0}
+
+
 def test_it_is_told_once_by_name_and_counted():
     def work(transport):
         weights = {name: nn.Parameter(torch.zeros(64, 64, dtype=torch.float64)) for name in ("tiny", "usual")}
@@ -141,6 +147,6 @@ def test_it_is_told_once_by_name_and_counted():
     assert (mean == 1e-60).all()
     (text,) = [str(each.message) for each in told if "tiny" in str(each.message)]
     assert text == (
-        "the gradient of tiny in torch.float64 is outside the range of float32, in which codes are made. So it is "
-        "averaged uncompressed; convert the model to float32"
+        "the gradient of tiny in torch.float64 is not finite, or outside the range of float32, in which codes are "
+        "made. In such a step it is averaged uncompressed"
     )

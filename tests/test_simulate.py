@@ -144,6 +144,17 @@ def test_many_workers(codec):
         assert last["sent_bytes"] == pytest.approx(ring, rel=0.05)
 
 
+def test_a_frozen_parameter_has_no_gradient():
+    made = workload()
+    frozen = next(made.network.parameters()).requires_grad_(False)
+    workers = VirtualWorkers(made.network, 2, reduction_for("terngrad"))
+    inputs, labels = made.train[:8]
+    for _ in range(2):
+        workers.step(lambda rank: [lambda: made.loss(made.network(inputs), labels)])
+    assert frozen.grad is None
+    assert all(each.grad is not None for each in made.network.parameters() if each.requires_grad)
+
+
 def test_accumulation_is_one_large_batch():
     """Two steps of 4 samples and one update are a step of 8, but for rounding."""
     data = workload().train
@@ -335,6 +346,10 @@ def test_a_workload_of_ones_own(tmp_path):
     broken.write_text("1 / 0")
     with pytest.raises(ValueError, match="ZeroDivisionError: division by zero"):
         load(f"{broken}:regression", Options())
+    raising = tmp_path / "raising.py"
+    raising.write_text("def regression(options):\n    raise ValueError('bad shape')\n")
+    with pytest.raises(ValueError, match=r"raising\.py:regression: ValueError: bad shape"):
+        load(f"{raising}:regression", Options())
     for name, message in [("nothing", "returned int, wanted"), ("gone", "has no 'gone'")]:
         with pytest.raises(ValueError, match=message):
             load(f"{file}:{name}", Options())

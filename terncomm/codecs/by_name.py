@@ -19,10 +19,11 @@ _NAMED: dict[str, Codec] = {
 def codec_for(codec: "str | Codec") -> Codec:
     """A codec from its name: "terngrad" is `Ternary(clip=2.5)` as published, "int8" is `Int8(block=2048)`.
 
-    "bf16" and "fp16" are :class:`Half`: floats of 16 bits. "FILE.py:NAME" is a codec of one's own, or its class.
+    "bf16" and "fp16" are :class:`Half`: floats of 16 bits. "FILE.py:NAME" is a codec of one's own, or its class;
+    it can be pickled, but only this process can unpickle it.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or what has it in a file is no codec.
         TypeError: `codec` is neither a name nor a codec, or a codec that is no frozen dataclass.
 
     >>> codec_for("int8")
@@ -35,7 +36,10 @@ def codec_for(codec: "str | Codec") -> Codec:
         raise TypeError(f"codec must be a name or a terncomm codec, got {codec!r}{_hint(codec)}")
     if ":" in codec:
         found = attribute(codec)
-        return codec_for(found() if isinstance(found, type) and issubclass(found, Codec) else found)
+        try:
+            return codec_for(found() if isinstance(found, type) and issubclass(found, Codec) else found)
+        except TypeError as error:
+            raise ValueError(f"{codec}: {error}") from error
     if codec not in _NAMED:
         meant = difflib.get_close_matches(codec.lower(), _NAMED, n=1, cutoff=0.8)
         advice = f" (did you mean {meant[0]!r}?)" if meant else _ELSEWHERE.get(codec, "")

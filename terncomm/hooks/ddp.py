@@ -128,7 +128,7 @@ def register(
     if uses_python_reducer(ddp):
         raise RuntimeError(_PYTHON_REDUCER)
     held = _held(ddp)
-    device = next(parameter for _, parameter in held if parameter.requires_grad).device
+    device = next((each for _, each in held if each.requires_grad), next(ddp.parameters())).device
     try:
         node = [] if intra_group is None else node_of(ddp.process_group, intra_group)
         state = CommState(
@@ -175,7 +175,7 @@ def _refuse_other_hooks(ddp: DistributedDataParallel) -> None:
         )
     hook = comm_hook_of(ddp)
     named = getattr(hook, "__qualname__", repr(hook))
-    if optimizer_in_backward(ddp) or "optim" in named:
+    if optimizer_in_backward(ddp) or any(name in named for name in ("hook_then_optimizer", "apply_optim_in_backward")):
         raise RuntimeError(
             "an optimizer runs inside the backward pass of this model (_apply_optimizer_in_backward or "
             "_register_fused_optim), for which DDP uses its only communication hook. Let the optimizer step after "

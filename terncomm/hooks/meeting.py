@@ -24,6 +24,7 @@ T = TypeVar("T")
 _POLL_S = 0.02  # longest pause between two looks into the store
 _NOTICE_S = 10.0  # after waiting so long for other ranks, one warning is logged
 
+_counting = threading.Lock()
 _meetings: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # how often this process has met a group
 
 
@@ -41,13 +42,15 @@ def meet(group: dist.ProcessGroup, limit_s: float) -> Store:
     Raises:
         RankFailed: a rank has not come, or the store cannot be reached.
     """
-    number = _meetings[group] = _meetings.get(group, 0) + 1
+    with _counting:
+        number = _meetings[group] = _meetings.get(group, 0) + 1
     store = PrefixStore(f"terncomm/{number}", store_of(group))
     meeting = Meeting(store, dist.get_process_group_ranks(group), group.rank())
     try:
         return meeting.wait(limit_s)
     except RankFailed:
-        _meetings[group] -= 1  # a late rank must not count on this one, which may come again
+        with _counting:
+            _meetings[group] -= 1  # a late rank must not count on this one, which may come again
         meeting.leave()
         raise
 
@@ -83,11 +86,11 @@ class Meeting:
             ) from error
         try:
             if within(first_s + 1, lambda: poll(self._met, first_s)):
-                return PrefixStore(self._seen, self._store)
+                return self._own_part()
             if rest_s > 0:
                 _log.warning("waiting for rank %s to register its hook, at most %.0f s more", self._names(), rest_s)
                 if within(rest_s + 1, lambda: poll(self._met, rest_s)):
-                    return PrefixStore(self._seen, self._store)
+                    return self._own_part()
         except RuntimeError as error:  # the rank that serves the store has ended, most likely by this same timeout
             lost = f" (the store cannot be reached: {error})"
         raise RankFailed(
@@ -100,14 +103,18 @@ class Meeting:
         self._store.set(f"token/{self._rank}", self._token)
         self._store.get(f"token/{self._rank}")  # `set` alone does not notice that the store is gone
 
+    def _own_part(self) -> Store:
+        return PrefixStore(f"group/{self._seen}", self._store)  # NCCL reads the key "0" there: it must not exist
+
     def leave(self) -> None:
-        """Take back this rank's token, if the store can still be reached."""
+        """Take back what this rank has written, if the store can still be reached."""
+        keys = [f"seen/{self._seen}/{self._rank}"] if self._seen else []
         with suppress(RuntimeError):
-            within(1.0, lambda: self._store.delete_key(f"token/{self._rank}"))
+            within(1.0, lambda: [self._store.delete_key(key) for key in (*keys, f"token/{self._rank}")])
 
     def _met(self) -> bool:
         if self._seen:
-            self._look_for(self._seen)
+            self._look_for(f"seen/{self._seen}")
             if not self._absent:
                 return True  # first of all: a rank that knows it may be at its next meeting by now
         else:
@@ -117,9 +124,9 @@ class Meeting:
         if self._store.check(keys):
             seen = hashlib.sha256(b"".join(self._store.multi_get(keys))).hexdigest()
             if seen != self._seen:
-                self._store.set(f"{seen}/{self._rank}", "")
+                self._store.set(f"seen/{seen}/{self._rank}", "")
                 self._seen, self._absent = seen, list(everyone)
-                self._look_for(seen)
+                self._look_for(f"seen/{seen}")
                 return not self._absent
         return False
 
@@ -128,7 +135,9 @@ class Meeting:
         self._absent = [rank for rank in self._absent if not self._store.check([f"{what}/{rank}"])]
 
     def _names(self) -> str:
-        return ", ".join(str(self._ranks[rank]) for rank in self._absent)
+        """The absent ranks; all others if each of them has been there, and some have given up."""
+        absent = self._absent or [rank for rank in range(len(self._ranks)) if rank != self._rank]
+        return ", ".join(str(self._ranks[rank]) for rank in absent)
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T:

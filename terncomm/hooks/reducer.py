@@ -26,6 +26,7 @@ from terncomm.path.message import Path
 from terncomm.path.ranges import in_words
 from terncomm.path.reduce import DTYPES, all_reduce_mean, all_reduce_mean_between_nodes, all_reduce_mean_sparse
 from terncomm.path.stages import Staging
+from terncomm.path.sums import row_edges
 from terncomm.segments import Segments
 from terncomm.torch_internals import sparse_parts
 from terncomm.transports import Metered
@@ -241,9 +242,12 @@ class GradientReducer:
             TypeError: the dtype of a trainable parameter is not supported.
         """
         for each in self.layers.trainable:
-            if not (each.dtype in DTYPES or each.is_complex()):
-                name = self.layers.name(self.layers.number(each))
-                raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {each.dtype}")
+            self._check_dtype(each)
+
+    def _check_dtype(self, parameter: torch.Tensor) -> None:
+        if not (parameter.dtype in DTYPES or parameter.is_complex()):
+            name = self.layers.name(self.layers.number(parameter))
+            raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {parameter.dtype}")
 
     def configuration(self) -> dict[str, Any]:
         """What must be equal on all ranks."""
@@ -374,7 +378,7 @@ class GradientReducer:
         else:
             nodes = (self.context(key, each) for each in self._nodes)
             outside = yield from all_reduce_mean_between_nodes(flat, bucket, *nodes, **options)
-        coded_numel = bucket.coded_numel - bucket.numel_of(outside)
+        coded_numel = bucket.coded_numel - self._own_part(bucket).numel_of(outside)
         world_size = self.transports["all"].world_size
         self.statistics.add(
             raw_bytes=flat.nbytes,
@@ -385,6 +389,13 @@ class GradientReducer:
         self.warn(complaint)
         self.tell_outside(outside, flat.dtype)
         return flat
+
+    def _own_part(self, bucket: Bucket) -> Bucket:
+        """The part of a bucket that this rank's codecs see: with nodes, its row."""
+        if self._nodes is None:
+            return bucket
+        edges, rank = row_edges(bucket.numel, self._nodes.inside.world_size), self._nodes.inside.rank
+        return bucket.clipped(rank * edges[1], (rank + 1) * edges[1])
 
     def tell_outside(self, numbers: frozenset[int], dtype: torch.dtype) -> None:
         """Warn of layers that codes cannot represent, once for each layer."""
@@ -469,6 +480,7 @@ class GradientReducer:
         if identity not in self._buckets_known:
             for parameter in parameters:
                 self._check_known(parameter)
+                self._check_dtype(parameter)
             bucket = Bucket(self.layers.groups_of(parameters))
             if bucket.numel != buffer.numel():
                 raise RuntimeError(f"a bucket has {buffer.numel()} elements, its parameters have {bucket.numel}")

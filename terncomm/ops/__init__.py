@@ -102,30 +102,32 @@ def _private_folder() -> Path:
 
 
 def _import_kernels() -> ModuleType:
+    """Import `cpu`. If Numba cannot keep its cache beside the package: in the temporary folder, or not at all."""
     try:
         return importlib.import_module("terncomm.ops.cpu")
     except ImportError:
         raise
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        import numba  # read-only installation and no home folder: the cache goes to the temporary directory
-
-        numba.config.CACHE_DIR = str(_private_folder() / "numba")  # type: ignore[attr-defined]
-        return importlib.import_module("terncomm.ops.cpu")
-    except Exception as error:  # such as a full disk, or a file of the cache that is cut off
-        caching.enabled = False
-        for name in ("cpu", "_numba"):
-            sys.modules.pop(f"terncomm.ops.{name}", None)
-        module = importlib.import_module("terncomm.ops.cpu")
-        _log.warning(
-            "Numba's cache in %s cannot be used (%s: %s). This process compiles its kernels without it. If a file "
-            "there is damaged, remove the folder",
-            caching.folder(),
-            type(error).__name__,
-            error,
-        )
-        return module
+    except Exception as error:  # such as a full disk, a file of the cache that is cut off, or no folder for it
+        failed, folder = error, caching.folder()
+    if isinstance(failed, RuntimeError) and "cannot cache" in str(failed):  # read-only installation, and no home folder
+        try:
+            folder = str(_private_folder() / "numba")
+            importlib.import_module("numba").config.CACHE_DIR = folder
+            return importlib.import_module("terncomm.ops.cpu")
+        except Exception as error:
+            failed = error
+    caching.enabled = False
+    for name in ("cpu", "_numba"):
+        sys.modules.pop(f"terncomm.ops.{name}", None)
+    module = importlib.import_module("terncomm.ops.cpu")
+    _log.warning(
+        "Numba's cache in %s cannot be used (%s: %s). This process compiles its kernels without it. If a file there is "
+        "damaged, remove the folder",
+        folder,
+        type(failed).__name__,
+        failed,
+    )
+    return module
 
 
 def _resident_mb() -> float:

@@ -1,12 +1,15 @@
 """Whether the kernels of `_numba` are kept in Numba's cache on disk, and where that is."""
 
 import os
-from pathlib import Path
 
 enabled = True  # set to False before `_numba` is imported, if the cache cannot be used
 
 
-def folder() -> Path:
-    """The folder of the cache: that of NUMBA_CACHE_DIR, or beside the source."""
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    return Path(given) if given else Path(__file__).parent / "__pycache__"
+def folder() -> str:
+    """The folder of the cache, as Numba chooses it for the files of this package."""
+    try:
+        from numba.core.caching import FunctionCache
+
+        return str(FunctionCache(folder).cache_path)  # type: ignore[no-untyped-call]
+    except Exception:  # this version of Numba does not say, or has no folder
+        return os.environ.get("NUMBA_CACHE_DIR") or os.path.join(os.path.dirname(__file__), "__pycache__")

@@ -207,7 +207,8 @@ class Bucket:
             elif isinstance(codec, IntegerCodec):
                 among = layers.belong_to(numbers)
                 moved.append(layers.table[:, among])
-                groups.append((Segments.of_table(layers.table[:, ~among]), codec))
+                left = Segments.of_table(layers.table[:, ~among])
+                groups += [(left, codec)] if left.numel else []
             else:
                 groups.append((layers, codec))
         table = torch.cat(moved, dim=1)

@@ -4,6 +4,7 @@ Codes are made from float32 numbers, and decoded values are rounded to the dtype
 wrong for some gradients:
 
 * float64: magnitudes above float32's largest number would become infinite, those below its least normal number zero.
+  What is not finite looks like the former, so it stays where it is, and does not spread over its layer.
 * float16: decoded values are a few multiples of one unit, so each is rounded in the same direction in every step. Where
   the largest is below 2^-14, the least normal number of float16, that is a bias of up to several percent.
 
@@ -64,7 +65,7 @@ def layers_outside(
 
 def in_words(dtype: torch.dtype, names: Sequence[str]) -> str:
     """What is told of the layers with these names."""
-    why, advice = "outside the range of float32, in which codes are made", "convert the model to float32"
+    why = "is not finite, or outside the range of float32, in which codes are made"
     if dtype == torch.float16:
-        why, advice = "so small that its means would be rounded in one direction", "scale the loss"
-    return f"the gradient of {', '.join(names)} in {dtype} is {why}. So it is averaged uncompressed; {advice}"
+        why = "is so small that its means would be rounded in one direction. Scale the loss"
+    return f"the gradient of {', '.join(names)} in {dtype} {why}. In such a step it is averaged uncompressed"

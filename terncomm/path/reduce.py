@@ -252,11 +252,14 @@ def reduce_scatter(
 def _of_others(
     numbers: frozenset[int], segments: Sequence[Segments], local: Sequence[Local], shared: Sequence[Agreed]
 ) -> tuple[list[Local], list[Agreed]]:
-    """The statistics of the segments that belong to other layers than these; without groups of which none is left."""
-    keep = [~each.belong_to(numbers) for each in segments]
-    left = [(mine[..., which], ours[..., which]) for mine, ours, which in zip(local, shared, keep, strict=True)]
-    left = [each for each, which in zip(left, keep, strict=True) if which.any()]
-    return [Local(mine) for mine, _ in left], [Agreed(ours) for _, ours in left]
+    """The statistics of segments that belong to other layers than these, without groups of which nothing is left."""
+    mine, ours = [], []
+    for each, own, agreed in zip(segments, local, shared, strict=True):
+        which = ~each.belong_to(numbers)
+        if each.lengths[which].any():
+            mine.append(Local(own[..., which]))
+            ours.append(Agreed(agreed[..., which]))
+    return mine, ours
 
 
 def _measure_whole(flat: torch.Tensor, group: CodedShards) -> Local:

@@ -175,8 +175,8 @@ class VirtualWorkers:
                 parameter.grad = in_memory_order(mean, parameter).clone()
                 place += parameter.numel()
         if self.exchanges == 1:
-            names = zip(self.layers.names, self.parameters, strict=True)
-            silent = [name for name, parameter in names if not any(parameter is seen for seen in self._ready)]
+            unseen = [each for each in self.parameters if not any(each is seen for seen in self._ready)]
+            silent = [self.layers.name(self.layers.number(each)) for each in unseen]
             if silent:
                 raise ValueError(f"DDP takes no parameters without gradients; got none for {', '.join(silent[:5])}")
             self.buckets = self._lay_out(rebuilt_buckets(self._ready, self._cap_mb))

@@ -54,12 +54,13 @@ def _call(name: str, *arguments: object) -> Any:
     """Call "module:function" or "file.py:function"."""
     try:
         function = attribute(name)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    try:
         with importing_beside(name.rpartition(":")[0]):
             return function(*arguments)
     except DataError:
         raise
-    except ValueError as error:
-        raise DataError(str(error)) from error
     except Exception as error:
         raise DataError(f"{name}: {type(error).__name__}: {error}") from error
 
