@@ -21,14 +21,8 @@ __all__ = [
     "register",
 ]
 
-_ON_FIRST_USE = (
-    "horovod",
-    "lightning",
-    "reduce",
-    "simulator",
-    "testing",
-    "transformers",
-)  # some import what not all users have
+# Some import what not all users have.
+_ON_FIRST_USE = ("horovod", "lightning", "reduce", "simulator", "testing", "transformers")
 
 
 def __getattr__(name: str) -> Any:

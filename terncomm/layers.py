@@ -142,6 +142,10 @@ class Layers:
         """The name of the parameter with this number; "parameter N" if it has none."""
         return self.names[number] if number < len(self.names) else f"parameter {number}"
 
+    def name_of(self, parameter: torch.Tensor) -> str:
+        """The name of a parameter; "parameter N" if it has none."""
+        return self.name(self.number(parameter))
+
     def number_of(self, name: str) -> int:
         """Inverse of :meth:`name`: the number of the parameter with this name.
 

@@ -53,5 +53,5 @@ def _largest(layers: Layers, parameters: Sequence[torch.Tensor], total: int) -> 
     named = []
     for each in by_size[:_NAMED]:
         why = layers.why_exact(each)
-        named.append(f"{layers.name(layers.number(each))} ({_WORDS.get(why, why)}, {each.numel() / total:.1%})")
+        named.append(f"{layers.name_of(each)} ({_WORDS.get(why, why)}, {each.numel() / total:.1%})")
     return ", ".join(named) + (f" and {len(by_size) - _NAMED} more" if len(by_size) > _NAMED else "")

@@ -102,7 +102,7 @@ class GradientAverager(GradientReducer):
 
     def _join(self, transport: Transport | dist.ProcessGroup | None) -> None:
         """Connect to the other ranks, and compare configurations."""
-        names = [self.layers.name(self.layers.number(each)) for each in self.parameters]
+        names = [self.layers.name_of(each) for each in self.parameters]
         listed = [
             f"{name} {tuple(p.shape)} {p.stride()} {p.dtype}" for name, p in zip(names, self.parameters, strict=True)
         ]

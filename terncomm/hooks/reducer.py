@@ -246,7 +246,7 @@ class GradientReducer:
 
     def _check_dtype(self, parameter: torch.Tensor) -> None:
         if not (parameter.dtype in DTYPES or parameter.is_complex()):
-            name = self.layers.name(self.layers.number(parameter))
+            name = self.layers.name_of(parameter)
             raise TypeError(f"gradients must be {', '.join(map(str, DTYPES))}; {name} is {parameter.dtype}")
 
     def configuration(self) -> dict[str, Any]:
@@ -469,7 +469,7 @@ class GradientReducer:
         global _sparse_warned
         if not _sparse_warned:
             _sparse_warned = True
-            name = self.layers.name(self.layers.number(parameter))
+            name = self.layers.name_of(parameter)
             self.warn(
                 f"the gradient of {name} is sparse. Sparse gradients are sent uncompressed: an all-gather of their rows"
             )

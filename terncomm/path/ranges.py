@@ -63,6 +63,19 @@ def layers_outside(
     return frozenset(found)
 
 
+def of_others(
+    numbers: frozenset[int], segments: Sequence[Segments], local: Sequence[Local], shared: Sequence[Agreed]
+) -> tuple[list[Local], list[Agreed]]:
+    """The statistics of segments that belong to other layers than these, without groups of which nothing is left."""
+    mine, ours = [], []
+    for each, own, agreed in zip(segments, local, shared, strict=True):
+        which = ~each.belong_to(numbers)
+        if each.lengths[which].any():
+            mine.append(Local(own[..., which]))
+            ours.append(Agreed(agreed[..., which]))
+    return mine, ours
+
+
 def in_words(dtype: torch.dtype, names: Sequence[str]) -> str:
     """What is told of the layers with these names."""
     why = "is not finite, or outside the range of float32, in which codes are made"

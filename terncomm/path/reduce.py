@@ -26,7 +26,7 @@ from terncomm.path.exchanges import Piece
 from terncomm.path.header import INLINE_NBYTES, PROLOGUE_NBYTES, Header, Unchecked, carried_numbers, check
 from terncomm.path.message import Message, Path, within
 from terncomm.path.parts import Coding, Floats, Part, Statistics, Target
-from terncomm.path.ranges import LEAST, layers_outside, mark_tiny
+from terncomm.path.ranges import LEAST, layers_outside, mark_tiny, of_others
 from terncomm.path.shards import CodedShards, Shards
 from terncomm.path.stages import Staging
 from terncomm.path.sums import row_edges
@@ -88,7 +88,7 @@ def all_reduce_mean(
     if staging is None:
         outside = layers_outside(flat.dtype, [(group.codec, group.segments) for group in bucket.coded], shared)
     if outside:
-        local, shared = _of_others(outside, [group.segments for group in bucket.coded], local, shared)
+        local, shared = of_others(outside, [group.segments for group in bucket.coded], local, shared)
         bucket = bucket.without_codec(outside)
         cuts = bucket.cuts(exchange, ctx.world_size, flat.dtype, ctx.piece)
     with ctx.phase("encode", "prepare"):
@@ -221,7 +221,7 @@ def reduce_scatter(
     shared = yield from agree(header, local, ways, ctx, flat.device, unchecked=unchecked)
     scales = [(group.codec, group.scales) for group in shards.coded]
     if outside := layers_outside(flat.dtype, scales, shared):
-        local, shared = _of_others(outside, [each for _, each in scales], local, shared)
+        local, shared = of_others(outside, [each for _, each in scales], local, shared)
         shards = shards.without_codec(outside)
     parts: list[Part] = []
     with ctx.phase("encode", "prepare"):
@@ -247,19 +247,6 @@ def reduce_scatter(
             parts.append(Floats(flat, each.segments, each.edges, divisor=divisor, target=target, **kind))
     yield from exchanges.reduce_scatter(parts, ctx, flat.device, clear=out)
     return outside
-
-
-def _of_others(
-    numbers: frozenset[int], segments: Sequence[Segments], local: Sequence[Local], shared: Sequence[Agreed]
-) -> tuple[list[Local], list[Agreed]]:
-    """The statistics of segments that belong to other layers than these, without groups of which nothing is left."""
-    mine, ours = [], []
-    for each, own, agreed in zip(segments, local, shared, strict=True):
-        which = ~each.belong_to(numbers)
-        if each.lengths[which].any():
-            mine.append(Local(own[..., which]))
-            ours.append(Agreed(agreed[..., which]))
-    return mine, ours
 
 
 def _measure_whole(flat: torch.Tensor, group: CodedShards) -> Local:

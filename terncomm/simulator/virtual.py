@@ -71,7 +71,7 @@ class VirtualWorkers:
         self.parameters = cast(list[nn.Parameter], self.layers.trainable)
         for parameter in self.parameters:
             if parameter.dtype != torch.float32:
-                name = self.layers.name(self.layers.number(parameter))
+                name = self.layers.name_of(parameter)
                 raise ValueError(f"gradients must be torch.float32 in a simulation; {name} is {parameter.dtype}")
         if not self.parameters:
             raise ValueError("the network has no parameters that require a gradient")
@@ -176,7 +176,7 @@ class VirtualWorkers:
                 place += parameter.numel()
         if self.exchanges == 1:
             unseen = [each for each in self.parameters if not any(each is seen for seen in self._ready)]
-            silent = [self.layers.name(self.layers.number(each)) for each in unseen]
+            silent = [self.layers.name_of(each) for each in unseen]
             if silent:
                 raise ValueError(f"DDP takes no parameters without gradients; got none for {', '.join(silent[:5])}")
             self.buckets = self._lay_out(rebuilt_buckets(self._ready, self._cap_mb))
