@@ -31,6 +31,7 @@ from terncomm.path.reduce import (
 )
 from terncomm.path.shards import Shards
 from terncomm.path.sums import row_edges
+from terncomm.reduce import messages_of
 from terncomm.segments import Segments
 from terncomm.transports import LocalTransport, Metered
 
@@ -132,8 +133,24 @@ def test_floats_are_added_in_rank_order(world_size, dtype):
             gap = slice(n // 3, n // 3 + 7)
             assert same_bits(after[gap], before[gap])
         kinds = [call.kind for call in calls[1:]]
-        small = (world_size - 1) * n * dtype.itemsize <= 8192
+        whole, row = n * dtype.itemsize, -(-n // world_size) * dtype.itemsize
+        small = (world_size - 1) * whole <= 8192 and wire_bytes.aligned(whole) <= 2 * wire_bytes.aligned(row)
         assert kinds == ([] if n == 0 else ["all_gather"] if small else ["all_to_all", "all_gather"])
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16])
+def test_a_bucket_never_sends_more_than_an_all_reduce_of_its_floats_and_one_header(world_size):
+    """Beside what rounding up to 16 bytes takes, in each row, of each part."""
+    for coded in (0, 1, 20, 1024, 5000, 60_000):
+        for exact in (0, 1, 21, 300, 2000, 9000):
+            for codec in (Ternary(), Int8(), Int8(returned="int8"), Half("bf16")):
+                bucket = Bucket([(Segments([coded]), codec), (Segments([exact], offsets=[coded]), None)])
+                calls = messages_of(bucket, world_size)
+                ring = 2 * (world_size - 1) * 4 * (coded + exact) // world_size
+                parts = (coded > 0) + (exact > 0)
+                rounding = (world_size - 1) * parts * 2 * (16 + 4)
+                assert sent(calls, world_size) <= ring + (world_size - 1) * wire_bytes.HEADER + rounding
 
 
 @pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e38), (torch.float32, -3e38), (torch.float64, 1e308)])

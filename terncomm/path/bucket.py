@@ -10,7 +10,7 @@ import torch
 from terncomm.codecs.base import Codec, Half, IntegerCodec
 from terncomm.path.sums import row_edges
 from terncomm.segments import Segments
-from terncomm.wire import packing_for
+from terncomm.wire import aligned, packing_for
 
 EXCHANGES = ("auto", "gather", "two_phase")
 SMALL = 8192  # bytes; about what a 100 Mbit/s link sends in the latency of a small message, 1 ms
@@ -112,8 +112,9 @@ class Bucket:
 
         Args:
             exchange: for codes. "gather" sends them whole to every rank, "two_phase" in rows. "auto" takes what sends
-                fewer bytes, but "gather" if that sends at most SMALL bytes, because it needs one message fewer. Floats
-                are sent whole if that sends at most SMALL bytes, else in rows.
+                fewer bytes. It also takes "gather" if that sends at most SMALL bytes, and no more than an all-reduce of
+                the floats would, because "gather" needs one message fewer. Floats are sent whole on this last
+                condition, else in rows.
             world_size: W. With more than 8 ranks, pieces grow in proportion.
             dtype: of the buffer.
             piece: elements of a piece; by default PIECE.
@@ -135,12 +136,15 @@ class Bucket:
         """How many bytes group `index` takes, and whether it is sent whole."""
         if index < len(self.coded):
             codec, _, segments = self.coded[index]
-            sizes = _code_sizes(codec, segments.numel, world_size)
-            gather, two_phase = (world_size - 1) * sizes.whole, (world_size - 1) * (sizes.row + sizes.total)
-            return sizes, exchange == "gather" or (exchange == "auto" and (gather <= two_phase or gather <= SMALL))
-        numel, itemsize = self._layers[index].numel, (self.floats[index - len(self.coded)].dtype or dtype).itemsize
-        row = -(-numel // world_size) * itemsize
-        return _Sizes(numel * itemsize, row, row), (world_size - 1) * numel * itemsize <= SMALL
+            numel, sizes = segments.numel, _code_sizes(codec, segments.numel, world_size)
+            fewer = sizes.whole <= sizes.row + sizes.total
+        else:
+            numel, itemsize = self._layers[index].numel, (self.floats[index - len(self.coded)].dtype or dtype).itemsize
+            row = -(-numel // world_size) * itemsize
+            sizes, fewer, exchange = _Sizes(numel * itemsize, row, row), False, "auto"
+        row_of_floats = -(-numel // world_size) * dtype.itemsize
+        small = (world_size - 1) * sizes.whole <= SMALL and aligned(sizes.whole) <= 2 * aligned(row_of_floats)
+        return sizes, exchange == "gather" or (exchange == "auto" and (fewer or small))
 
     def _least_pieces(self, groups: Sequence["_Sizes"], world_size: int, dtype: torch.dtype) -> int:
         """Pieces into which large groups are cut, for the messages to take no more memory than the bucket.
