@@ -236,6 +236,21 @@ def test_a_step_that_is_not_finite_or_fails_leaves_state_as_it_was():
     assert not any(state is before[0][0][layer] for layer, state in states(stagings[0])[0].items())
 
 
+def test_a_layer_outside_the_range_of_codes_is_averaged_whole_between_the_stages():
+    stagings = [Staging([Residual(), Rotation()]) for _ in range(2)]
+    own = gaussian(2, N).double()
+    step_of(own, stagings, 0, Ternary())
+    residuals = torch.stack([states(staging)[0]["8"] for staging in stagings])
+    assert residuals.abs().max() > 0.1
+    own[:, 705:] *= 1e200
+    mean = step_of(own, stagings, 1, Ternary())
+    torch.testing.assert_close(mean[705:], (own[:, 705:] + residuals).mean(dim=0), rtol=1e-12, atol=0)
+    for staging in stagings:
+        assert set(states(staging)[0]) == {"3"}, "all of layer 8 was sent, so nothing of it is missing"
+    assert torch.isfinite(step_of(gaussian(2, N).double(), stagings, 2, Ternary())).all()
+    assert set(states(stagings[0])[0]) == {"3", "8"}
+
+
 # ---- in engines ------------------------------------------------------------------------------------------------------
 
 OPTIONS = {"codec": SignMean(), "seed": 5, "stages": [Residual(), Rotation()]}

@@ -48,7 +48,7 @@ def all_reduce_mean(
     """Replace the elements of `flat` that `bucket` describes by an estimate of their mean over ranks.
 
     The result has the same bits on every rank, for every exchange and every size of pieces. Layers whose gradients
-    leave the range of codes are averaged without a codec, see :mod:`terncomm.path.ranges`; with stages they are not.
+    leave the range of codes are averaged without a codec, see :mod:`terncomm.path.ranges`.
 
     Args:
         flat: (n,), contiguous, of a dtype in DTYPES; changed in place. An integer codec reads it as float32.
@@ -74,19 +74,19 @@ def all_reduce_mean(
     configuration = f"{bucket.configuration} {flat.dtype} {exchange}"
     if staging is not None and not staging.stages:
         staging = None
-    given = []
+    staged = [group.layers for group in bucket.coded]
+    given: dict[tuple[int, int], torch.Tensor] = {}
     if staging is not None:
         configuration += f" {staging.stages}"
         with ctx.phase("encode", "stages"):
-            given = [staging.before(flat, group.layers, ctx) for group in bucket.coded]
+            for layers in staged:
+                given |= staging.before(flat, layers, ctx)
     with ctx.phase("encode", "measure"):
         local = [measured(group.codec, flat, group.segments) for group in bucket.coded]
     header = _header(ctx, flat.numel(), bucket.coded_numel, configuration, bucket.checksum)
     ways = [group.codec.agree for group in bucket.coded]
     shared = yield from agree(header, local, ways, ctx, flat.device, unchecked=unchecked, last=last and not cuts)
-    outside = frozenset[int]()
-    if staging is None:
-        outside = layers_outside(flat.dtype, [(group.codec, group.segments) for group in bucket.coded], shared)
+    outside = layers_outside(flat.dtype, [(group.codec, group.segments) for group in bucket.coded], shared)
     if outside:
         local, shared = of_others(outside, [group.segments for group in bucket.coded], local, shared)
         bucket = bucket.without_codec(outside)
@@ -98,8 +98,9 @@ def all_reduce_mean(
         ]
     if staging is not None and staging.keeps_state:
         with ctx.phase("encode", "stages"):
-            for group, coding, each in zip(bucket.coded, codings, given, strict=True):
-                staging.compute_next_states(coding.own(), group.layers, ctx, each)
+            for group, coding in zip(bucket.coded, codings, strict=True):
+                staging.compute_next_states(coding.own(), group.layers, ctx, given)
+            staging.drop_states(outside, ctx)
 
     def part(index: int, edges: tuple[int, ...]) -> Part:
         if index < len(codings):
@@ -113,8 +114,8 @@ def all_reduce_mean(
     yield from exchanges.all_reduce(map(piece, cuts), ctx, flat.device, last=last)
     if staging is not None:
         with ctx.phase("decode", "stages"):
-            for group in bucket.coded:
-                staging.after(flat, group.layers, ctx)
+            for layers in staged:
+                staging.after(flat, layers, ctx)
     return outside
 
 

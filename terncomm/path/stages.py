@@ -6,7 +6,7 @@ states do not change.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Stage(ABC):
     costs a copy of the gradients, and encoding them once more.
 
     Stages are called only for layers under an integer codec, and not in steps in which nothing is coded (warm-up).
+    A layer that leaves the range of codes (:mod:`terncomm.path.ranges`) is averaged uncompressed, between `before` and
+    `after`. Then `next_state` is not called for it, and it has no state after this step.
     With several stages, `before` is called in their order and `after` in reverse order.
     """
 
@@ -119,7 +121,7 @@ class Staging:
             flat: (n,) float32, what only this rank's codes decode to; overwritten.
             layers: of the bucket.
             ctx: of the reduction.
-            given: what :meth:`before` returned.
+            given: what :meth:`before` returned, for these layers and perhaps others.
         """
         states = self._step(ctx.key.step).states
         for layer, values in _pieces(flat, layers):
@@ -129,6 +131,11 @@ class Staging:
                     before = self._state.get(place)
                     states[place] = stage.next_state(given[place], values.clone(), layer, ctx, before)
                 _in_place(stage, "after", stage.after(values, layer, ctx))
+
+    def drop_states(self, layers: Iterable[int], ctx: Context) -> None:
+        """After this step, these layers have no state: they were averaged uncompressed, so nothing was lost."""
+        states = self._step(ctx.key.step).states
+        states |= {(number, layer): None for layer in layers for number in range(len(self.stages))}
 
     def after(self, flat: torch.Tensor, layers: Segments, ctx: Context) -> None:
         """Apply `after` of all stages, in reverse order, to the means of a bucket's layers in place."""
