@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from terncomm.codecs import Codec, codec_for
+from terncomm.hooks.connection import telling_refusal
 from terncomm.hooks.loop import GradientAverager
 from terncomm.hooks.overlap import Overlap
 from terncomm.transports.horovod import HorovodTransport, horovod_torch
@@ -112,8 +113,10 @@ def DistributedOptimizer(
     passes = _positive("backward_passes_per_step", backward_passes_per_step)
     averager = reducer = steps = None
     if process_set is None or process_set.included():
-        named = _named(optimizer, named_parameters)
-        averager = GradientAverager(named, codec, HorovodTransport(process_set, timeout_s=timeout_s), **options)
+        transport = HorovodTransport(process_set, timeout_s=timeout_s)
+        with telling_refusal(transport):
+            named = _named(optimizer, named_parameters)
+        averager = GradientAverager(named, codec, transport, **options)
         steps = _Steps(averager)
         factor = averager.transports["all"].world_size if op == hvd.Sum else 1
         reducer = Overlap(

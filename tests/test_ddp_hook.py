@@ -21,6 +21,7 @@ import torch.distributed as dist
 import wire_bytes
 from torch import nn
 from torch.distributed._composable import replicate
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -376,10 +377,16 @@ def register_unlike(field):
     return attempt(lambda: terncomm.register(DistributedDataParallel(mlp()), **mine))
 
 
-def refused_on_one():
+def refused_on_one(engine):
     """Rank 1 names a codec that there is not; the others must not wait for it."""
     codec = "int4" if dist.get_rank() == 1 else "int8"
-    return attempt(lambda: terncomm.register(DistributedDataParallel(mlp()), codec))
+    if engine == "ddp":
+        return attempt(lambda: terncomm.register(DistributedDataParallel(mlp()), codec))
+    if engine == "fsdp1":
+        return attempt(lambda: terncomm.register(FullyShardedDataParallel(mlp(), device_id=torch.device("cpu")), codec))
+    if engine == "fsdp2":
+        return attempt(lambda: terncomm.register(fully_shard(mlp()), codec))
+    return attempt(lambda: terncomm.GradientAverager(mlp(), codec))
 
 
 def broken_on_one():
@@ -1011,8 +1018,9 @@ def test_of_long_options_only_what_differs_is_told():
     assert differences([{"coded": names}] * 2) == []
 
 
-def test_options_refused_on_one_rank(on_ranks):
-    told = on_ranks(3, refused_on_one)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "loop"])
+def test_options_refused_on_one_rank(on_ranks, engine):
+    told = on_ranks(3, refused_on_one, engine)
     assert told[1][0] == "ValueError"
     assert told[1][1].startswith(
         "unknown codec 'int4'; known: bf16, fp16, int8, terngrad, or a codec such as Ternary()"

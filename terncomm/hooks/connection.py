@@ -1,7 +1,8 @@
 """Connects the ranks of a hook, and passes the error of a failing rank to the others."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from terncomm.hooks.agreement import agree_on
 from terncomm.hooks.meeting import meet
 from terncomm.hooks.notes import FailureNotes, Limits
-from terncomm.torch_internals import gloo_options_like, nccl_options
-from terncomm.transports import Metered, ProcessGroupTransport, RankFailed
+from terncomm.torch_internals import default_group, gloo_options_like, nccl_options
+from terncomm.transports import Metered, ProcessGroupTransport, RankFailed, Transport
 from terncomm.transports.process_group import backend_for
 
 
@@ -128,6 +129,35 @@ def connect(group: dist.ProcessGroup, device: torch.device, configuration: dict[
     except RankFailed as error:
         raise connection.fail(error, "comparing configurations") from error
     return connection
+
+
+@contextmanager
+def telling_refusal(others: Transport | dist.ProcessGroup | None, device: torch.device | None = None) -> Iterator[None]:
+    """A context in which a rank checks its options and prepares to connect.
+
+    If it raises, it first tells the other ranks, which connect meanwhile. They raise `ConfigurationsDiffer` at once and
+    do not wait for their timeout.
+
+    Args:
+        others: what the ranks connect over; None: the default process group.
+        device: of the message; by default one that the process group can send from.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
+        with suppress(Exception):  # this rank raises its own error, whatever becomes of the others
+            if others is None or isinstance(others, dist.ProcessGroup):
+                group = others or default_group()
+                connect(group, device or _device_of(group), {"refused": why})
+            else:
+                agree_on({"refused": why}, Metered(others), device=device or torch.device("cpu"))
+        raise
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    of_cuda = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if of_cuda else torch.device("cpu")
 
 
 def _backend_like(theirs: Any, store: Store, rank: int, world_size: int, limit: timedelta) -> Any:

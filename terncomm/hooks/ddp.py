@@ -1,7 +1,6 @@
 """The hook for `torch.nn.parallel.DistributedDataParallel`."""
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from terncomm.codecs import CodecLike
-from terncomm.hooks.agreement import agree_on
-from terncomm.hooks.connection import connect
+from terncomm.hooks.connection import telling_refusal
 from terncomm.hooks.fsdp import register_fsdp
 from terncomm.hooks.fsdp1 import fsdp1_units, register_fsdp1
 from terncomm.hooks.nodes import connect_nodes, node_of
@@ -20,7 +18,7 @@ from terncomm.hooks.state import CommState
 from terncomm.path.stages import Stage
 from terncomm.structure import GROUPS
 from terncomm.torch_internals import comm_hook_of, optimizer_in_backward, uses_python_reducer, wrapped_module
-from terncomm.transports import Metered, Transport
+from terncomm.transports import Transport
 
 _NAMED = 5  # models that an error names at most
 
@@ -129,7 +127,7 @@ def register(
         raise RuntimeError(_PYTHON_REDUCER)
     held = _held(ddp)
     device = next((each for _, each in held if each.requires_grad), next(ddp.parameters())).device
-    try:
+    with telling_refusal(transport or ddp.process_group, device):
         node = [] if intra_group is None else node_of(ddp.process_group, intra_group)
         state = CommState(
             codec,
@@ -144,11 +142,8 @@ def register(
         configuration: dict[str, Any] = {
             **state.configuration(),
             "bucket_cap_mb": round(ddp.bucket_bytes_cap / 2**20, 3),
+            "ranks in intra_group": len(node),
         }
-        configuration["ranks in intra_group"] = len(node)
-    except Exception as error:
-        _tell_refusal(error, ddp, transport, device)
-        raise
     connection = state.meet(device, configuration)
     if node:
         assert connection is not None
@@ -186,18 +181,6 @@ def _refuse_other_hooks(ddp: DistributedDataParallel) -> None:
             f"this DDP model already has a communication hook, {named}, and DDP accepts only one. Construct a new "
             "DistributedDataParallel; or switch a terncomm hook off and on with state.disable() and state.enable()."
         )
-
-
-def _tell_refusal(
-    refusal: Exception, ddp: DistributedDataParallel, transport: Transport | None, device: torch.device
-) -> None:
-    """Tell the other ranks, which are connecting, why this one cannot register; they raise at once."""
-    why = str(refusal) if isinstance(refusal, (TypeError, ValueError)) else f"{type(refusal).__name__}: {refusal}"
-    with suppress(RuntimeError):  # ConfigurationsDiffer, or a rank has failed: this rank raises its own error
-        if transport is None:
-            connect(ddp.process_group, device, {"refused": why})
-        else:
-            agree_on({"refused": why}, Metered(transport), device=device)
 
 
 def _check_transport(transport: Any, refused: str) -> None:

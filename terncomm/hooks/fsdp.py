@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import ReduceOp
 
 from terncomm.codecs import Codec, CodecLike
-from terncomm.hooks.connection import connect
+from terncomm.hooks.connection import connect, telling_refusal
 from terncomm.hooks.options import Options
 from terncomm.hooks.sharded import ShardState, Unit
 from terncomm.path.shards import Shards
@@ -146,17 +146,18 @@ def register_fsdp(
             "replicas: wanted the group of the ranks that hold the same shard, got one with other ranks of this "
             "mesh, or without this rank"
         )
-    state = ShardState(Options(codec=codec, **options), model.named_parameters())
-    state.layers.adopt(model)
-    state.check_dtypes()
-    if not state.layers.trainable:
-        raise ValueError("no parameter requires a gradient: there is nothing to reduce")
-    configuration = state.configuration() | {
-        "fully_shard modules": len(found),
-        "replicas": replicas is not None,
-        "shard": f"{rank} of {ranks}" if replicas is not None else "",
-    }
-    state.get_ready(device)
+    with telling_refusal(replicas or shards, device):
+        state = ShardState(Options(codec=codec, **options), model.named_parameters())
+        state.layers.adopt(model)
+        state.check_dtypes()
+        if not state.layers.trainable:
+            raise ValueError("no parameter requires a gradient: there is nothing to reduce")
+        configuration = state.configuration() | {
+            "fully_shard modules": len(found),
+            "replicas": replicas is not None,
+            "shard": f"{rank} of {ranks}" if replicas is not None else "",
+        }
+        state.get_ready(device)
     connection = connect(replicas or shards, device, configuration)
     state.connect(connection.transport, connection)
     for index, (name, module, group) in enumerate(found):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from terncomm.codecs import Codec, CodecLike
-from terncomm.hooks.connection import connect
+from terncomm.hooks.connection import connect, telling_refusal
 from terncomm.hooks.options import Options
 from terncomm.hooks.sharded import ShardState, Unit
 from terncomm.layers import clean
@@ -106,15 +106,16 @@ def register_fsdp1(
     flats = [_flat(unit) for _, unit in units]
     stand_ins = _stand_ins(model, flats)
     named = [(f"{name}.{each}" if name else each, p) for name, own in stand_ins.values() for each, p in own.items()]
-    state = ShardState(Options(codec=codec, **options), named)
-    state.layers.adopt(model, lambda module: stand_ins[module][1])
-    state.check_dtypes()
-    if not state.layers.trainable:
-        raise ValueError("no parameter requires a gradient: there is nothing to reduce")
-    strategies = sorted({unit.sharding_strategy.name for _, unit in units})
-    configuration = state.configuration() | {"FSDP units": len(units), "sharding": ", ".join(strategies)}
     device = units[0][1].compute_device
-    state.get_ready(device)
+    with telling_refusal(group, device):
+        state = ShardState(Options(codec=codec, **options), named)
+        state.layers.adopt(model, lambda module: stand_ins[module][1])
+        state.check_dtypes()
+        if not state.layers.trainable:
+            raise ValueError("no parameter requires a gradient: there is nothing to reduce")
+        strategies = sorted({unit.sharding_strategy.name for _, unit in units})
+        configuration = state.configuration() | {"FSDP units": len(units), "sharding": ", ".join(strategies)}
+        state.get_ready(device)
     connection = connect(group, device, configuration)
     state.connect(connection.transport, connection)
     for root in FullyShardedDataParallel.fsdp_modules(model, root_only=True):

@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from terncomm.codecs import CodecLike
 from terncomm.hooks.agreement import agree_on
-from terncomm.hooks.connection import connect
+from terncomm.hooks.connection import connect, telling_refusal
 from terncomm.hooks.options import Options
 from terncomm.hooks.overlap import Overlap
 from terncomm.hooks.reducer import GradientReducer
+from terncomm.hooks.use_watch import LOOP_ALONE
 from terncomm.layers import in_memory_order
 from terncomm.path.message import Path
 from terncomm.torch_internals import copy_all, default_group
@@ -63,6 +64,7 @@ class GradientAverager(GradientReducer):
     """
 
     PROCESS_LOCAL = (*GradientReducer.PROCESS_LOCAL, "_scratch", "_overlap")
+    UNUSED = LOOP_ALONE
     _overlap: Overlap | None
 
     def __init__(
@@ -75,22 +77,21 @@ class GradientAverager(GradientReducer):
         overlap: bool = False,
         **options: Any,
     ) -> None:
-        if not bucket_cap_mb > 0:
-            raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
-        named = _named(params)
-        if strange := [name for name, each in named if not isinstance(each, nn.Parameter)]:
-            raise TypeError(f"wanted parameters, {strange[0]} is no nn.Parameter: give gradients to reduce_gradients")
-        parameters = dict(cast(list[tuple[str, nn.Parameter]], named))
-        super().__init__(Options(codec=codec, **options), parameters.items())
-        if isinstance(params, nn.Module):
-            self.layers.adopt(params)
-        self._given = list(parameters.items())
-        self._needed = [parameter.requires_grad for _, parameter in self._given]
-        self.check_dtypes()
-        self.parameters = self.layers.trainable
-        if not self.parameters:
-            raise ValueError("no parameter requires a gradient: there is nothing to reduce")
-        self._cap_bytes = bucket_cap_mb * 2**20
+        with telling_refusal(transport):
+            if not bucket_cap_mb > 0:
+                raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb}")
+            parameters = _parameters(params)
+            super().__init__(Options(codec=codec, **options), parameters.items())
+            if isinstance(params, nn.Module):
+                self.layers.adopt(params)
+            self._given = list(parameters.items())
+            self._needed = [parameter.requires_grad for _, parameter in self._given]
+            self.check_dtypes()
+            self.parameters = self.layers.trainable
+            if not self.parameters:
+                raise ValueError("no parameter requires a gradient: there is nothing to reduce")
+            self._cap_bytes = bucket_cap_mb * 2**20
+            self.get_ready(self.parameters[0].device)
         self._join(transport)
         self.announce()
         self._overlap = Overlap(self) if overlap else None
@@ -111,10 +112,8 @@ class GradientAverager(GradientReducer):
         held = f"{len(listed)} tensors of {total} elements, {names[0]} first (checksum of all: {order:08x})"
         configuration = {**self.configuration(), "bucket_cap_mb": self._cap_bytes / 2**20, "parameters": held}
         home = self.parameters[0].device
-        self.get_ready(home)
         if transport is None or isinstance(transport, dist.ProcessGroup):
-            group = transport or default_group()
-            connection = connect(group, home, configuration)
+            connection = connect(transport or default_group(), home, configuration)
             self.connect(connection.transport, connection)
         else:
             device = torch.device("cpu") if home.type == "meta" else home
@@ -320,6 +319,18 @@ class _Averagers(OrderedDict[str, tuple[GradientAverager, list[bool]]]):
         while len(self) > _KEPT:
             _, (oldest, _) = self.popitem(last=False)
             self._step = max(self._step, oldest.step)
+
+
+def _parameters(params: Parameters) -> dict[str, nn.Parameter]:
+    """Parameters by name.
+
+    Raises:
+        TypeError, ValueError: see :func:`_named`; or something is no parameter.
+    """
+    named = _named(params)
+    if strange := [name for name, each in named if not isinstance(each, nn.Parameter)]:
+        raise TypeError(f"wanted parameters, {strange[0]} is no nn.Parameter: give gradients to reduce_gradients")
+    return dict(cast(list[tuple[str, nn.Parameter]], named))
 
 
 def _named(params: Parameters) -> list[tuple[str, Gradient]]:

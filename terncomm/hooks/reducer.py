@@ -16,6 +16,7 @@ from terncomm.hooks.connection import Connection
 from terncomm.hooks.nodes import NodeTransports
 from terncomm.hooks.options import Options
 from terncomm.hooks.statistics import ClipWatch, Statistics, warn_on_rank_0
+from terncomm.hooks.use_watch import UseWatch
 from terncomm.keys import Key
 from terncomm.layers import Layers
 from terncomm.path.account import Clock, Context
@@ -61,9 +62,12 @@ class GradientReducer:
         "_nodes",
         "_staging",
         "_unchecked",
+        "_use_watch",
         "_buckets_known",
         "_failed",
     )  # attributes that are not copied or pickled: they belong to this process
+
+    UNUSED: str | None = None  # how gradients come to be averaged, in words; None: it cannot be forgotten
 
     def __init__(self, options: Options, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         self.options = options
@@ -92,6 +96,7 @@ class GradientReducer:
         self._unchecked: list[Unchecked] = []  # headers that are still being copied from the device
         self._buckets_known: dict[tuple[int, ...], Bucket] = {}
         self._failed: Exception | None = None
+        self._use_watch = UseWatch()
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes that a copy or a pickle keeps: all but those in `PROCESS_LOCAL`."""
@@ -260,7 +265,7 @@ class GradientReducer:
         }
 
     def announce(self) -> None:
-        """Log on rank 0 how much of the model is compressed, and warn if it is little. Called when connected."""
+        """Called when connected: log on rank 0 how much is compressed, warn if it is little, begin to watch for use."""
         global _structure_warned
         if self.transports["all"].rank == 0 and self.layers.trainable:
             size = self.transports["all"].world_size
@@ -269,6 +274,8 @@ class GradientReducer:
         if not _structure_warned and (complaint := coverage.without_structure(self.layers)) is not None:
             _structure_warned = True
             self.warn(complaint)
+        if self.UNUSED is not None and self.layers.trainable:
+            self._use_watch.watch(self.layers.trainable[-1], self.warn, self.UNUSED)
 
     def connect(
         self, transport: Metered, connection: Connection | None = None, nodes: NodeTransports | None = None
@@ -303,6 +310,7 @@ class GradientReducer:
 
         An aborted pass uses up its number on every rank, so ranks stay aligned.
         """
+        self._use_watch.stop()
         self.statistics.on_step()
         self._staging.adopt_states()
         self._step = self._step + 1 if step is None else step

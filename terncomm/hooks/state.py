@@ -13,6 +13,7 @@ from terncomm.hooks.connection import Connection, connect
 from terncomm.hooks.options import Options
 from terncomm.hooks.reducer import GradientReducer
 from terncomm.hooks.stream import SideStream
+from terncomm.hooks.use_watch import DDP_ALONE
 from terncomm.path.message import Path
 from terncomm.path.pipeline import Pipeline
 from terncomm.torch_internals import backward_pass, default_group, models_with_hook_state
@@ -49,6 +50,7 @@ class CommState(GradientReducer):
         "_ended",
         "_pass",
     )
+    UNUSED = DDP_ALONE
 
     def __init__(
         self,
