@@ -390,6 +390,14 @@ def is_hybrid(strategy: Any) -> bool:
 # Tensors.
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor was changed in place, by any optimizer.
+
+    Private: `Tensor._version`, in 2.6 to 2.13.
+    """
+    return int(_read(tensor, "Tensor", "_version", "to see whether weights have changed"))
+
+
 def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices and values of a sparse tensor, not coalesced: `Tensor._indices` and `_values`, 2.6 to 2.13.
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def test_what_leaves_a_node_is_what_one_rank_would_send(tmp_path):
         counted = sum(told[rank][1] for rank in (first, first + 1))
         assert counted == pytest.approx(alone, rel=0.05)
         assert told[first][0] == pytest.approx(counted, rel=0.05), "at the interface"
+
+
+def tiny_in_one_row(nodes):
+    """float16 gradients of which only the second half of a layer is too small for codes."""
+    model = DistributedDataParallel(nn.Linear(64, 64, bias=False).half())
+    terncomm.register(model, "int8", intra_group=groups(nodes)[0], exempt=())
+    scale = torch.ones(64, 1, dtype=torch.float16)
+    scale[32:] = 2.0**-18
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        (model(torch.ones(1, 64, dtype=torch.float16)) * scale.T).sum().backward()
+    return [str(each.message) for each in told if "is so small" in str(each.message)]
+
+
+def test_what_is_wrong_in_any_row_is_told_by_the_first_node(on_ranks):
+    told = on_ranks(4, tiny_in_one_row, NODES["blocks"])
+    assert [len(each) for each in told] == [0, 1, 0, 0], "rank 1 has the second row of the first node"
+    assert "the gradient of weight in torch.float16 is so small" in told[1][0]
 
 
 def one_rank_fails(nodes):

@@ -9,7 +9,7 @@ from itertools import pairwise
 from terncomm import Ternary
 from terncomm.codecs import IntegerCodec
 
-HEADER = 256  # of which 48 are the header itself, and the others hold statistics where they fit
+HEADER = 256  # of which 52 are the header itself, and the others hold statistics where they fit
 SMALL = 8192
 
 
@@ -99,7 +99,7 @@ def float_bytes(numel: int, itemsize: int, world_size: int) -> int:
 
 def statistics(scales: Sequence[int], world_size: int) -> int:
     """Bytes to each other rank for the statistics of groups with so many scales, beside the header."""
-    if 4 * sum(scales) <= HEADER - 48:
+    if 4 * sum(scales) <= HEADER - 52:
         return 0
     if world_size * 4 * sum(scales) <= SMALL:
         return sum(aligned(4 * each) for each in scales)

@@ -15,6 +15,7 @@ from terncomm.hooks import coverage
 from terncomm.hooks.connection import Connection
 from terncomm.hooks.nodes import NodeTransports
 from terncomm.hooks.options import Options
+from terncomm.hooks.rhythm import Rhythm
 from terncomm.hooks.statistics import ClipWatch, Statistics, warn_on_rank_0
 from terncomm.hooks.use_watch import UseWatch
 from terncomm.keys import Key
@@ -61,13 +62,14 @@ class GradientReducer:
         "transport",
         "_nodes",
         "_staging",
+        "_rhythm",
         "_unchecked",
         "_use_watch",
         "_buckets_known",
         "_failed",
     )  # attributes that are not copied or pickled: they belong to this process
 
-    UNUSED: str | None = None  # how gradients come to be averaged, in words; None: it cannot be forgotten
+    UNUSED: str | None = None  # how gradients come to be averaged, in words; None: the framework sees to it
 
     def __init__(self, options: Options, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         self.options = options
@@ -96,7 +98,7 @@ class GradientReducer:
         self._unchecked: list[Unchecked] = []  # headers that are still being copied from the device
         self._buckets_known: dict[tuple[int, ...], Bucket] = {}
         self._failed: Exception | None = None
-        self._use_watch = UseWatch()
+        self._use_watch, self._rhythm = UseWatch(), Rhythm()
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes that a copy or a pickle keeps: all but those in `PROCESS_LOCAL`."""
@@ -311,6 +313,8 @@ class GradientReducer:
         An aborted pass uses up its number on every rank, so ranks stay aligned.
         """
         self._use_watch.stop()
+        if self.UNUSED is not None:  # else the framework runs the passes, and keeps shards of the parameters
+            self._rhythm.begin(self.layers.trainable)
         self.statistics.on_step()
         self._staging.adopt_states()
         self._step = self._step + 1 if step is None else step
@@ -323,7 +327,7 @@ class GradientReducer:
     def context(self, key: Key, transport: Metered) -> Context:
         """The context in which a path of this key runs over this transport."""
         piece = piece_for(transport.chunk)
-        return Context(key, transport.rank, transport.world_size, self.statistics.account, piece)
+        return Context(key, transport.rank, transport.world_size, self.statistics.account, piece, self._rhythm.value)
 
     def unchecked(self, buffer: torch.Tensor) -> list[Unchecked] | None:
         """For CUDA, the list of headers to be checked later, see :func:`terncomm.path.reduce.agree`; else None."""
@@ -395,6 +399,8 @@ class GradientReducer:
             exact_numel=bucket.numel - coded_numel,
         )
         self.warn(complaint)
+        kind = "rank" if self._nodes is None else "node"
+        self._warn_of_row(self._rhythm.complaint(self.statistics.account.rhythms, kind))
         self.tell_outside(outside, flat.dtype)
         return flat
 
@@ -411,12 +417,19 @@ class GradientReducer:
             self._told_outside.update(new)
             names = [self.layers.name(number) for number in new[:_NAMED]]
             more = [f"{len(new) - _NAMED} more"] if len(new) > _NAMED else []
-            self.warn(in_words(dtype, names + more))
+            self._warn_of_row(in_words(dtype, names + more))
 
     def warn(self, complaint: str | None) -> None:
         """Warn on rank 0, unless `complaint` is None."""
         if complaint is not None:
             warn_on_rank_0(complaint, self.transports["all"].rank)
+
+    def _warn_of_row(self, complaint: str | None) -> None:
+        """Warn of what only the ranks know that averaged the same row between nodes: then on every rank of node 0."""
+        if self._nodes is None:
+            self.warn(complaint)
+        elif complaint is not None:
+            warn_on_rank_0(complaint, self._nodes.between.rank)
 
     def _sparse(self, gradient: torch.Tensor, key: Key) -> Path[torch.Tensor]:
         """The path of a sparse_coo gradient; also updates the statistics."""
@@ -470,7 +483,8 @@ class GradientReducer:
             RanksDiffer: ranks were not in step.
         """
         while self._unchecked and self._unchecked[0].arrived():
-            self._unchecked[0].check()  # if it raises, the header stays in the list, and the next call raises too
+            # If it raises, the header stays in the list, and the next call raises too.
+            self.warn(self._rhythm.complaint(self._unchecked[0].check()))
             self._unchecked.pop(0)
 
     def _warn_of_sparse(self, parameter: torch.Tensor) -> None:

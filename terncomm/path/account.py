@@ -68,6 +68,7 @@ class Account:
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.sent_bytes: Counter[str] = Counter()
+        self.rhythms: list[int] = []  # that the ranks have sent with the last header
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Context:
     world_size: int
     account: Account = field(default_factory=Account)
     piece: int | None = None  # elements per piece (default PIECE); equal on all ranks; does not change the result
+    rhythm: int = 0  # is sent to the other ranks, see terncomm.hooks.rhythm
 
     def phase(self, name: str, part: str = "") -> AbstractContextManager[None]:
         """Count the time of a `with` block for phase `name`: "encode", "exchange" or "decode". part: see `Clock`."""

@@ -5,14 +5,17 @@ from typing import NamedTuple
 
 import torch
 
+from terncomm.path.account import Context
+
 PROLOGUE_NBYTES = 256  # of the first message; fixed, so that ranks with different layers can compare headers
-_HEADER = struct.Struct("<qqqqqII")  # the fields of Header
+_HEADER = struct.Struct("<qqqqqIII")  # the fields of Header
+_COMPARED_NBYTES = _HEADER.size - 4  # all fields but the last
 INLINE_NBYTES = PROLOGUE_NBYTES - _HEADER.size  # room for statistics after the header
 _NO_STEP = -(1 << 62)  # in place of the step, in a header that belongs to no bucket
 
 
 class Header(NamedTuple):
-    """Where a rank is and what it is about to send. Must be equal on all ranks."""
+    """Where a rank is and what it is about to send. Must be equal on all ranks, except `rhythm`."""
 
     seed: int
     step: int
@@ -21,6 +24,7 @@ class Header(NamedTuple):
     coded_elements: int
     configuration: int  # a checksum of codecs, exchange and dtype
     layers: int  # a checksum of which elements are which layer
+    rhythm: int = 0  # of the backward passes, see terncomm.hooks.rhythm
 
     @classmethod
     def carrying(cls, number: int) -> "Header":
@@ -49,9 +53,9 @@ class Unchecked(NamedTuple):
         """Whether the headers can be read without waiting."""
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
-    def check(self) -> None:
-        """Raise `RanksDiffer` unless all headers are equal."""
-        same(self.headers, self.rank)
+    def check(self) -> list[int]:
+        """Raise `RanksDiffer` unless all headers are equal. Returns each rank's `rhythm`."""
+        return same(self.headers, self.rank)
 
 
 def read(received: torch.Tensor) -> list[Header]:
@@ -59,15 +63,17 @@ def read(received: torch.Tensor) -> list[Header]:
     return [Header(*_HEADER.unpack(bytes(row[: _HEADER.size].tolist()))) for row in received]
 
 
-def same(received: torch.Tensor, rank: int) -> None:
-    """Compare all ranks' prologues, (W, k) uint8 on the host.
+def same(received: torch.Tensor, rank: int) -> list[int]:
+    """Compare all ranks' prologues, (W, k) uint8 on the host. Returns each rank's `rhythm`.
 
     Raises:
         RanksDiffer: a rank sent a different header. The message says what differs.
     """
-    headers = read(received)
+    found = read(received)
+    headers = [header._replace(rhythm=0) for header in found]
     if any(header != headers[rank] for header in headers):
         raise RanksDiffer(_difference(headers, rank))
+    return [header.rhythm for header in found]
 
 
 def carried_numbers(received: torch.Tensor, rank: int) -> list[int]:
@@ -76,16 +82,16 @@ def carried_numbers(received: torch.Tensor, rank: int) -> list[int]:
     Raises:
         RanksDiffer: some ranks sent the header of a bucket instead: they are reducing gradients.
     """
-    headers = read(received)
+    headers = [header._replace(rhythm=0) for header in read(received)]
     if any(header.step != _NO_STEP for header in headers):
         raise RanksDiffer(_difference(headers, rank))
     return [header.elements for header in headers]
 
 
 def check(
-    received: torch.Tensor, mine: torch.Tensor, rank: int, unchecked: list[Unchecked] | None
+    received: torch.Tensor, mine: torch.Tensor, ctx: Context, unchecked: list[Unchecked] | None
 ) -> torch.Tensor | None:
-    """Compare all ranks' prologues (W, k) with `mine` (k,).
+    """Compare all ranks' prologues (W, k) with `mine` (k,), and note the ranks' rhythms in the account.
 
     unchecked: None: compare now and return None. A list: do not wait for the device; the headers are appended to it,
     to be checked when they have arrived on the host. Then returns a bool scalar on the device: whether they differ.
@@ -97,13 +103,13 @@ def check(
     if received.is_meta:
         return None
     if unchecked is None:
-        same(headers.cpu(), rank)
+        ctx.account.rhythms = same(headers.cpu(), ctx.rank)
         return None
     event = torch.cuda.Event() if headers.is_cuda else None  # type: ignore[no-untyped-call]
-    unchecked.append(Unchecked(rank, headers.to("cpu", non_blocking=True), event))
+    unchecked.append(Unchecked(ctx.rank, headers.to("cpu", non_blocking=True), event))
     if event is not None:
         event.record()
-    return (headers != mine[: _HEADER.size]).any()
+    return (headers[:, :_COMPARED_NBYTES] != mine[:_COMPARED_NBYTES]).any()
 
 
 _DIFFERENCES = {

@@ -163,7 +163,7 @@ def agree(
     ctx.count("checks", PROLOGUE_NBYTES)
     received = yield Message("all_gather", message, last=last and inline, ahead=True)
     with ctx.phase("exchange", "share"):
-        differ = check(received, message, ctx.rank, unchecked)
+        differ = check(received, message, ctx, unchecked)
         for part, place in zip(parts, _columns(received, widths), strict=True):
             if inline:
                 part.store_sum(place)
@@ -394,4 +394,5 @@ def check_dtype(flat: torch.Tensor) -> None:
 
 def _header(ctx: Context, numel: int, coded_numel: int, configuration: str, layers: int) -> Header:
     key = ctx.key
-    return Header(key.seed, key.step, key.bucket, numel, coded_numel, zlib.crc32(configuration.encode()), layers)
+    checksum = zlib.crc32(configuration.encode())
+    return Header(key.seed, key.step, key.bucket, numel, coded_numel, checksum, layers, ctx.rhythm)
