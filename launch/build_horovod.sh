@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # launch/build_horovod.sh: build Horovod for the torch in .venv, or in the active virtual environment, and install it.
-# About 3 minutes, once: the wheel is kept in ~/.cache/terncomm by versions. With MPI if there is an mpicxx, else gloo.
+# About 4 minutes, once: the wheel is kept in ~/.cache/terncomm by versions. With MPI if there is an mpicxx, else gloo.
+# CXXFLAGS stand behind Horovod's own flags, so they win.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -28,17 +29,17 @@ if command -v mpicxx >/dev/null; then
     mpi="$({ mpicxx -show | sed "s|$(dirname "$(dirname "$python")")||g"; mpirun --version; } 2>&1 |
         sed -n 1,3p | cksum | cut -c1-6)"
 fi
-tag="$(echo "$("$python" -V) torch $torch $controllers ${mpi:-}" | tr -c 'A-Za-z0-9.\n' -)"
+tag="$(echo "$("$python" -V) torch $torch $controllers ${mpi:-} ${CXXFLAGS:-}" | tr -c 'A-Za-z0-9.\n' -)"
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/terncomm/horovod-$version-$tag"
 
 pip() { "$python" -m pip "$1" -q --disable-pip-version-check "${@:2}"; }
 if ! ls "$wheels"/horovod-*.whl >/dev/null 2>&1; then
-    say "building horovod $version with $controllers for torch $torch (3 minutes on two free cores, once)"
+    say "building horovod $version with $controllers for torch $torch (4 minutes on two free cores, once)"
     work="$(mktemp -d)"
     trap 'rm -rf "$work"' EXIT
     # Its CMake files ask for C++14 and torch for C++17: the last -std on the line counts.
-    # $ORIGIN: the MPI of the wheel mpich is found in whatever environment this one is installed.
-    printf '#!/bin/sh\nexec g++ "-Wl,-rpath,\$ORIGIN/../../../.." "$@" -std=c++17\n' >"$work/cxx"
+    # It also asks for debugging symbols. $ORIGIN: the MPI of the wheel mpich is found wherever this one is installed.
+    printf '#!/bin/sh\nexec g++ "-Wl,-rpath,\$ORIGIN/../../../.." "$@" -std=c++17 -g0 %s\n' "${CXXFLAGS:-}" >"$work/cxx"
     chmod +x "$work/cxx"
     pip install setuptools wheel packaging cloudpickle psutil pyyaml
     env CXX="$work/cxx" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 "${with[@]}" \

@@ -32,11 +32,13 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         fail "'$python -m venv' failed; on Debian or Ubuntu install the package python3-venv, then try again"
 fi
 
-pip() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
+pip() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile -c "$root/constraints.txt" "$@"; }
 # torch first and alone: the rest can then only follow its version, never choose another build.
 say "installing torch $(sed -n "s/^torch==//p" "$root/constraints.txt") (about 200 MB, once)"
 pip torch || fail "torch could not be installed; pip's message is above"
 say "installing terncomm[$extra]"
 pip -e "$root[$extra]" || fail "terncomm[$extra] could not be installed; pip's message is above"
+# Byte code, which pip would compile on one core. Some files are for other versions of Python: their errors are no matter.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null 2>&1 || true
 echo "$key" >"$stamp"
 say "ready: $venv"

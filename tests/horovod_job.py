@@ -315,6 +315,13 @@ def semantics():
     other_ranks_step_alone()
 
 
+def together():
+    """The digest of each codec; and everything that Horovod's users expect."""
+    found = {codec: digest(codec) for codec in ("terngrad", "int8")}
+    semantics()
+    return found
+
+
 def out_of_step():
     """Messages of the same number and other sizes: Horovod tells all ranks, they do not wait for the timeout."""
     for kind, rows in (("all_gather", ()), ("all_to_all", (2,))):
@@ -364,7 +371,7 @@ def main():
     torch.set_num_threads(1)
     hvd.init()
     folder, what, *arguments = sys.argv[1:]
-    known = {each.__name__: each for each in (digest, golden, semantics, out_of_step, raises, killed, silent)}
+    known = {each.__name__: each for each in (together, golden, out_of_step, raises, killed, silent)}
     result = known[what](*arguments)
     assert not torch.distributed.is_initialized()
     Path(folder, str(hvd.rank())).write_text(json.dumps(result))

@@ -7,6 +7,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 "$root/launch/setup.sh" test
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # several processes share the cores: more threads take a third longer
 step() { echo "== $*" && "$@"; }
 
 step ruff format --check .

@@ -44,23 +44,30 @@ def results(ranks, folder, *arguments):
     return [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What the first ranks of one job have found, by case and number of ranks: see `mpi_job.TOGETHER`."""
+    told = results(4, tmp_path_factory.mktemp("together"), "together")
+    return lambda case, ranks: [told[rank][f"{case} {ranks}"] for rank in range(ranks)]
+
+
 @pytest.mark.conformance
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_rows_arrive_in_rank_order(ranks, tmp_path):
-    assert results(ranks, tmp_path, "conformance") == ["fine"] * ranks
+def test_rows_arrive_in_rank_order(together, ranks):
+    assert together("conformance", ranks) == ["fine"] * ranks
 
 
 @pytest.mark.parametrize(("ranks", "codec"), [(4, "terngrad"), (2, "int8")])
-def test_the_same_bits_as_over_threads(ranks, codec, tmp_path):
+def test_the_same_bits_as_over_threads(together, ranks, codec):
     """And so as the DDP hook's: tests/test_loop.py."""
     wanted = LocalTransport.run(ranks, lambda transport: digest(transport, codec))
     assert len(set(wanted)) == 1
     assert wanted[0] != hashlib.sha256().hexdigest()
-    assert results(ranks, tmp_path, "digest", codec) == wanted
+    assert together("digest", ranks) == wanted
 
 
-def test_a_rank_that_calls_otherwise_later_is_told(tmp_path):
-    for told in results(2, tmp_path, "otherwise"):
+def test_a_rank_that_calls_otherwise_later_is_told(together):
+    for told in together("otherwise", 2):
         assert "Rank 1 begins with new parameters, types or options, and rank 0 reduces gradients as before" in told
 
 

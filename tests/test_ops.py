@@ -4,9 +4,11 @@ import logging
 import math
 import sys
 import tempfile
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from terncomm import ops
 from terncomm.keys import Key
 from terncomm.ops import Rounding, caching, cpu, reference, shapes
 from terncomm.segments import Segments
-from terncomm.wire import packing_for
+from terncomm.wire import Packing, packing_for
 
 SIZES = [
     [1], [63], [64], [65], [319], [320], [321], [4095], [4096], [4097], [10_000],
@@ -106,65 +108,92 @@ def columns(count: int, width: int, *, begin: int = 16, beyond: int = 0) -> tupl
     return message, message[:, begin : begin + width]
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request, monkeypatch):
-    monkeypatch.setattr(cpu, "_PIECE", 256)
+@contextmanager
+def threads(count: int):
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 OTHER_TYPES = [(fill, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64) for fill in FILLS[:2]]
 
 
-@pytest.mark.parametrize(("fill", "dtype"), [(fill, torch.float32) for fill in FILLS] + OTHER_TYPES, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.usefixtures("threads")
-def test_kernels_equal_the_reference(kernels, sizes, fill, dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "_SCRATCH", 1000)
-    layers = gapped(sizes)
-    flat = filled(layers.extent + 2, fill).to(dtype)
-    found, wanted = kernels.moments(flat, layers), reference.moments(flat, layers)
-    assert same_bits(found[0], wanted[0])
-    finite = wanted[0].isfinite()
-    assert same_bits(found[1][finite], wanted[1][finite])
-    assert same_bits(found[2][finite], wanted[2][finite])
-    limit = reference.clip_limit(*wanted, layers.lengths, 2.5)
+class Case(NamedTuple):
+    """Arguments of the kernels that encode, pack and decode."""
 
-    blocks = layers.blocks(2048)
+    segments: Segments
+    how: Rounding
+    codes: torch.Tensor
+    packing: Packing
+    edges: list[int]
+    length: int
+    unit: torch.Tensor
+    received: torch.Tensor  # (rows, nbytes) uint8, for the sum
+
+
+def cases_of(flat: torch.Tensor, layers: Segments) -> list[Case]:
+    """Made by the reference, for both alphabets and several numbers of ranks."""
+    limit = reference.clip_limit(*reference.moments(flat, layers), layers.lengths, 2.5)
+    blocks, cases = layers.blocks(2048), []
     for segments, local, levels in ((layers, limit, 1), (blocks, reference.peaks(flat, blocks), 127)):
-        assert same_bits(kernels.peaks(flat, segments), reference.peaks(flat, segments))
         keys = Key(5, 6).streams(segments.layers, rank=1, world_size=4)
         how = reference.rounding(local, local, keys, levels)
         codes = reference.encode(flat, segments, how)
-        assert same_bits(kernels.encode(flat, segments, how), codes)
         for world_size, row_count in ((1, 1), (2, 2), (3, 3), (4, 4), (8, 5)):
             packing = packing_for(-levels * world_size, levels * world_size)
             edges = split(len(codes), row_count)
             length = max(end - begin for begin, end in pairwise(edges)) + 7 * (row_count % 2)
             unit = reference.split_unit(local.double() / (levels * world_size))
-
-            messages, outs = [], []
-            for each in (kernels, reference):
-                message, packed = columns(row_count, packing.nbytes(length))
-                each.encode_pack(flat, segments, how, packing, edges, length, packed)
-                messages.append(message)
-                outs.append(torch.full_like(flat, 7.0))
-                each.decode_rows(packed, packing, segments, unit, edges, length, outs[-1])
-            assert same_bits(*messages)
-            assert same_bits(*outs)
-
-            _, rows = columns(row_count, packing.nbytes(len(codes)))
-            for row in rows:
+            _, received = columns(row_count, packing.nbytes(len(codes)))
+            for row in received:
                 row.copy_(reference.pack(codes if row_count % 2 else -codes, packing))
-            assert same_bits(kernels.pack(codes, packing), reference.pack(codes, packing))
-            wanted = reference.unpack_sum(rows, packing, len(codes))
-            assert same_bits(kernels.unpack_sum(rows, packing, len(codes)), wanted)
-            outs = [torch.full_like(flat, 7.0) for _ in range(2)]
-            for each, out in zip((kernels, reference), outs, strict=True):
-                each.unpack_decode(rows, packing, segments, unit, 0, len(codes), len(codes), out)
-            assert same_bits(*outs)
+            cases.append(Case(segments, how, codes, packing, edges, length, unit, received))
+    return cases
+
+
+def computed(kernels, flat: torch.Tensor, case: Case) -> list[torch.Tensor]:
+    """What a back end makes of a case."""
+    segments, packing, count, elements = case.segments, case.packing, len(case.edges) - 1, len(case.codes)
+    message, packed = columns(count, packing.nbytes(case.length))
+    kernels.encode_pack(flat, segments, case.how, packing, case.edges, case.length, packed)
+    rows, total = torch.full_like(flat, 7.0), torch.full_like(flat, 7.0)
+    kernels.decode_rows(packed, packing, segments, case.unit, case.edges, case.length, rows)
+    kernels.unpack_decode(case.received, packing, segments, case.unit, 0, elements, elements, total)
+    return [
+        kernels.peaks(flat, segments),
+        kernels.encode(flat, segments, case.how),
+        message,
+        rows,
+        kernels.pack(case.codes, packing),
+        kernels.unpack_sum(case.received, packing, elements),
+        total,
+    ]
+
+
+@pytest.mark.parametrize(("fill", "dtype"), [(fill, torch.float32) for fill in FILLS] + OTHER_TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kernels_equal_the_reference(kernels, sizes, fill, dtype, monkeypatch):
+    """On one thread and on two."""
+    monkeypatch.setattr(cpu, "_SCRATCH", 1000)
+    monkeypatch.setattr(cpu, "_PIECE", 256)
+    layers = gapped(sizes)
+    flat = filled(layers.extent + 2, fill).to(dtype)
+    moments = reference.moments(flat, layers)
+    cases = cases_of(flat, layers)
+    wanted = [computed(reference, flat, case) for case in cases]
+    for count in (1, 2):
+        with threads(count):
+            found = kernels.moments(flat, layers)
+            assert same_bits(found[0], moments[0])
+            finite = moments[0].isfinite()
+            assert same_bits(found[1][finite], moments[1][finite])
+            assert same_bits(found[2][finite], moments[2][finite])
+            for case, those in zip(cases, wanted, strict=True):
+                for mine, other in zip(computed(kernels, flat, case), those, strict=True):
+                    assert same_bits(mine, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,6 +11,7 @@ import terncomm
 from terncomm.hooks.rhythm import Rhythm
 from terncomm.transports import LocalTransport
 
+
 def under_ddp(passes):
     """Whether it was told, after each pass. passes: for each rank, how many between optimizer steps."""
     model = DistributedDataParallel(nn.Linear(8, 8))
