@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from itertools import product
 
 import pytest
 import torch
@@ -260,8 +261,10 @@ pytestmark = pytest.mark.conformance
 SURVIVORS = (0, 2)
 
 
-@pytest.mark.parametrize("when", ["before", "during", "after"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "when"),
+    [*((stage, "during") for stage in STAGES), *product(("share", "encode", "exchange"), ("before", "after"))],
+)
 def test_a_rank_killed_in_a_stage_is_named(tmp_path, stage, when):
     job = run_job(3, train, stage, when, kill, directory=tmp_path, timeout_s=TIMEOUT_S)
     assert job[VICTIM].status == -signal.SIGKILL

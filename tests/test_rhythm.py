@@ -31,9 +31,9 @@ def under_ddp(passes):
 
 def test_an_extra_pass_under_ddp(on_ranks):
     first, second = on_ranks(2, under_ddp, [(2, 2, 2, 2), (2, 3, 2, 1)])
-    assert [bool(each) for each in first] == [False] * 4 + [True] + [False] * 3, "at the extra pass itself, and once"
+    assert [bool(each) for each in first] == [False] * 5 + [True] + [False] * 2, "after rank 1's next step, and once"
     ((text,),) = [each for each in first if each]
-    assert "rank 0: 1 since its weights last changed, 2 before; rank 1: 3 since its weights last changed, 2" in text
+    assert "before their last optimizer step: 2 on rank 0; 3 on rank 1." in text
     assert not any(second), "rank 0 speaks for all"
 
 
@@ -72,9 +72,27 @@ def test_ranks_whose_weights_have_not_changed_are_not_compared():
         values.append(rhythm.value)
         if step in (1, 4):
             weight += 1
-    assert values == [1, 2, 2 << 16 | 1, 2 << 16 | 2, 2 << 16 | 3, 3 << 16 | 1]
-    assert rhythm.complaint([7, 2 << 16 | 1, 8, 2 << 16 | 1]) is None
+    assert values == [0, 0, 2, 2, 2, 3]
+    assert rhythm.complaint([0, 2, 0, 2]) is None
     assert rhythm.complaint([]) is None
-    text = rhythm.complaint([7, 2 << 16 | 1, 8, 3 << 16 | 1], "node")
-    assert "node 1: 1 since its weights last changed, 2 before; node 3: 1 since its weights last changed, 3" in text
-    assert rhythm.complaint([2 << 16 | 1, 3 << 16 | 1]) is None, "once"
+    assert "optimizer step: 2 on node 1, 4; 3 on node 3." in rhythm.complaint([0, 2, 0, 3, 2], "node")
+    assert rhythm.complaint([2, 3]) is None, "once"
+
+
+def uneven(epochs):
+    """Two epochs of DDP's join(), in which the ranks have different numbers of batches."""
+    model = DistributedDataParallel(nn.Linear(8, 8))
+    terncomm.register(model, "int8", min_numel=1, exempt=())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batches in epochs:
+            with model.join():
+                for _ in range(batches[dist.get_rank()]):
+                    model(torch.ones(1, 8)).sum().backward()
+                    optimizer.step()
+    return [str(each.message) for each in caught if "different numbers" in str(each.message)]
+
+
+def test_ranks_that_have_joined_are_not_told_of(on_ranks):
+    assert on_ranks(3, uneven, [(5, 2, 4), (3, 6, 2), (4, 4, 4)]) == [[]] * 3

@@ -307,13 +307,18 @@ class GradientReducer:
         """The clock that adds up encode_s, exchange_s and decode_s."""
         return self.statistics.account.clock
 
+    @property
+    def counts_passes(self) -> bool:
+        """Whether a step that begins now is a backward pass to be compared with those of other ranks."""
+        return self.UNUSED is not None  # else the framework runs the passes, and keeps shards of the parameters
+
     def begin_step(self, step: int | None = None) -> None:
         """Begin a step; called before its first bucket. step: its number; by default that of the last step plus 1.
 
         An aborted pass uses up its number on every rank, so ranks stay aligned.
         """
         self._use_watch.stop()
-        if self.UNUSED is not None:  # else the framework runs the passes, and keeps shards of the parameters
+        if self.counts_passes:
             self._rhythm.begin(self.layers.trainable)
         self.statistics.on_step()
         self._staging.adopt_states()

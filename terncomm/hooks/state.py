@@ -106,6 +106,11 @@ class CommState(GradientReducer):
             return self._side_stream.submit(lambda: self.run_reporting(path, index, where), buffer.device)
         return self._pipeline.submit(path, self.transports, self.clock, failing, index)
 
+    @property
+    def counts_passes(self) -> bool:
+        """Not a pass in which a rank without inputs takes part for the others' sake, inside DDP's join()."""
+        return backward_pass() >= 0
+
     def _begins_step(self, bucket: GradBucket) -> bool:
         """Whether this is the first bucket of a step. DDP may skip any bucket, also the first and the last."""
         index, number = bucket.index(), backward_pass() if self.skips_buckets else -1
