@@ -35,26 +35,21 @@ def made(engine, ready=lambda: None, **options):
         return step
     if engine == "nodes":
         nodes = [dist.new_group(node) for node in ([0, 1], [2, 3])]
+        options["intra_group"] = nodes[dist.get_rank() // 2]
         model = DistributedDataParallel(model, bucket_cap_mb=0.1)
-        ready()
-        terncomm.register(model, intra_group=nodes[dist.get_rank() // 2], **options)
     elif engine == "fsdp1":
-        model = FullyShardedDataParallel(
-            model, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.SHARD_GRAD_OP
-        )
-        ready()
-        terncomm.register(model, **options)
+        cpu, strategy = torch.device("cpu"), ShardingStrategy.SHARD_GRAD_OP
+        model = FullyShardedDataParallel(model, device_id=cpu, sharding_strategy=strategy)
     elif engine == "fsdp2":
         for layer in model:
             fully_shard(layer)
         fully_shard(model)
-        ready()
-        terncomm.register(model, **options)
     else:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        options["replicas"] = mesh.get_group("replicate")
         fully_shard(model, mesh=mesh["shard"])
-        ready()
-        terncomm.register(model, replicas=mesh.get_group("replicate"), **options)
+    ready()
+    terncomm.register(model, **options)
     return lambda: backward(model)
 
 
@@ -63,10 +58,7 @@ def train(engine, stage, act):
     step = made(engine)
     for number in range(6):
         if number == 3 and dist.get_rank() == VICTIM:
-            if stage == "forward":
-                act()
-            else:
-                disturb(stage, "before", act)
+            disturb(stage, "before", act)
         step()
 
 

@@ -69,11 +69,10 @@ def same(received: torch.Tensor, rank: int) -> list[int]:
     Raises:
         RanksDiffer: a rank sent a different header. The message says what differs.
     """
-    found = read(received)
-    headers = [header._replace(rhythm=0) for header in found]
-    if any(header != headers[rank] for header in headers):
+    headers = read(received)
+    if any(header[:-1] != headers[rank][:-1] for header in headers):
         raise RanksDiffer(_difference(headers, rank))
-    return [header.rhythm for header in found]
+    return [header.rhythm for header in headers]
 
 
 def carried_numbers(received: torch.Tensor, rank: int) -> list[int]:
@@ -82,7 +81,7 @@ def carried_numbers(received: torch.Tensor, rank: int) -> list[int]:
     Raises:
         RanksDiffer: some ranks sent the header of a bucket instead: they are reducing gradients.
     """
-    headers = [header._replace(rhythm=0) for header in read(received)]
+    headers = read(received)
     if any(header.step != _NO_STEP for header in headers):
         raise RanksDiffer(_difference(headers, rank))
     return [header.elements for header in headers]
@@ -120,6 +119,7 @@ _DIFFERENCES = {
 
 
 def _difference(headers: list[Header], rank: int) -> str:
+    headers = [header._replace(rhythm=0) for header in headers]  # it may differ
     mine = headers[rank]
     begins = [header.step == _NO_STEP for header in headers]
     if any(begins) and not all(begins):
